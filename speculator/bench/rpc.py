@@ -1,0 +1,242 @@
+"""What gRPC and the worker cost: one fused step on the Draft stream beside a raw echo of the same bytes.
+
+Owns: the two servers, each in a process of its own, and the clock. Must never import torch: the engine is a fake, so
+that the ratio tells about the service alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import os
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple, TypeAlias
+
+import grpc
+
+from speculator.bench.fake import TOKEN, EchoEngine
+from speculator.config import ServerConfig
+from speculator.core import DrafterCore
+from speculator.security import Handler
+from speculator.server import Server, new_loop, options
+from speculator.stream import Context
+from speculator.v1 import drafter_pb2 as pb
+
+ECHO = "/echo.Echo/Echo"
+MAX_TOKENS = 1 << 18
+BLOCK = 50  # exchanges before the other server has its turn
+SETTLE = 5  # first ones of a block, not counted: the other process has gone cold
+WARM_BLOCKS = 10
+Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"  # generic in the library's stubs only
+
+
+class Exchange(NamedTuple):
+    """Seconds of one exchange."""
+
+    wire: float
+    whole: float
+
+
+# ---- servers, in their own processes ----
+
+
+def _serve(which: str, uvloop: bool, port: Connection) -> None:
+    config = ServerConfig(port=0, metrics_port=0, uvloop="on" if uvloop else "off")
+    with asyncio.Runner(loop_factory=lambda: new_loop(config)) as runner:
+        runner.run(SERVERS[which](config, port))
+
+
+async def _serve_drafts(config: ServerConfig, port: Connection) -> None:
+    server = Server(DrafterCore(EchoEngine()), config)
+    await server.start()
+    port.send(server.port)
+    await asyncio.Event().wait()
+
+
+async def _serve_echo(config: ServerConfig, port: Connection) -> None:
+    server = grpc.aio.server(options=options(config))
+    handler: Handler = grpc.stream_stream_rpc_method_handler(_echo)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("echo.Echo", {"Echo": handler}),))
+    bound = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    port.send(bound)
+    await asyncio.Event().wait()
+
+
+async def _echo(requests: object, context: Context) -> None:
+    while (data := await context.read()) is not grpc.aio.EOF:
+        await context.write(data)
+
+
+SERVERS: dict[str, Callable[[ServerConfig, Connection], Coroutine[Any, Any, None]]] = {
+    "step": _serve_drafts,
+    "echo": _serve_echo,
+}
+
+
+# ---- clients: both build a request, write bytes, read bytes and read the answer; only the bytes are on the clock ----
+
+
+class StepClient:
+    """Each exchange verifies the draft of the one before and asks for the next."""
+
+    method = "/speculator.v1.DrafterService/Draft"
+
+    async def begin(self, call: Call) -> None:
+        stopping = pb.StoppingParams(max_new_tokens=MAX_TOKENS)
+        spec = pb.CreateSessionRequest(token_ids=pb.TokenIds(ids=[TOKEN] * 16), stopping=stopping)
+        session = (await _ask(call, pb.DraftRequest(correlation_id=1, create_session=spec))).create_session.session
+        self._id, self._length = session.session_id, session.committed_length
+        propose = pb.ProposeRequest(session_id=self._id, base_length=self._length)
+        self._draft = (await _ask(call, pb.DraftRequest(correlation_id=2, propose=propose))).propose.draft_id
+
+    def request(self, number: int) -> bytes:
+        next_draft = pb.DraftParams(max_depth=5)
+        verify = pb.VerifyRequest(
+            session_id=self._id, base_length=self._length, draft_id=self._draft, propose_next=next_draft
+        )
+        return pb.DraftRequest(correlation_id=number, verify=verify).SerializeToString()
+
+    def answer(self, data: bytes) -> None:
+        verify = pb.DraftResponse.FromString(data).verify
+        assert len(verify.committed_token_ids) == 6, "the step failed"
+        self._length, self._draft = verify.committed_length, verify.next_draft.draft_id
+
+
+class EchoClient(StepClient):
+    """Does the same work around the exchange, but sends the bytes of an answered step and gets them back."""
+
+    method = ECHO
+
+    async def begin(self, call: Call) -> None:
+        self._data = _sample().SerializeToString()
+        self._id, self._length, self._draft = str(uuid.uuid4()), 17, 1
+
+    def request(self, number: int) -> bytes:
+        super().request(number)
+        return self._data
+
+
+async def _ask(call: Call, request: pb.DraftRequest) -> pb.DraftResponse:
+    await call.write(request.SerializeToString())
+    response = pb.DraftResponse.FromString(await _read(call))
+    assert not response.HasField("status"), f"the step failed: {response.status.message}"
+    return response
+
+
+async def _read(call: Call) -> bytes:
+    data = await call.read()
+    assert isinstance(data, bytes), "the stream ended"
+    return data
+
+
+def _sample() -> pb.DraftResponse:
+    tree = pb.DraftTree(token_ids=[TOKEN] * 5, distribution=pb.DRAFT_DISTRIBUTION_SERVER_SIDE)
+    verify = pb.VerifyResponse(
+        accepted_indices=range(5),
+        committed_token_ids=[TOKEN] * 6,
+        committed_length=30_000,
+        next_draft=pb.ProposeResponse(draft_id=5_000, tree=tree, base_length=30_000),
+        timing=pb.Timing(queue_us=20, draft_us=1, verify_us=1, batch_size=1),
+        verification_rule=pb.VERIFICATION_RULE_COUPLED,
+    )
+    return pb.DraftResponse(correlation_id=5_000, verify=verify)
+
+
+CLIENTS: dict[str, type[StepClient]] = {"step": StepClient, "echo": EchoClient}
+
+
+# ---- the clock ----
+
+
+def measure(exchanges: int = 10_000, uvloop: bool = True) -> dict[str, Any]:
+    """Medians of `exchanges` steps and as many echoes, in microseconds, and the ratio of the medians.
+
+    `wire` is from the last byte given to gRPC to the first one got back; `whole` has the client's messages in it.
+    Steps and echoes take turns in blocks of `BLOCK`, so that both meet the machine in the same mood.
+    """
+    context = multiprocessing.get_context("spawn")
+    servers, ports = [], {}
+    for which in SERVERS:
+        here, there = context.Pipe()
+        servers.append(context.Process(target=_serve, args=(which, uvloop, there), daemon=True))
+        servers[-1].start()
+        ports[which] = here.recv()
+    config = ServerConfig(uvloop="on" if uvloop else "off")
+    try:
+        with asyncio.Runner(loop_factory=lambda: new_loop(config)) as runner:
+            return _summary(runner.run(_take_turns(ports, exchanges, config)))
+    finally:
+        for server in servers:
+            server.terminate()
+            server.join()
+
+
+async def _take_turns(ports: dict[str, int], exchanges: int, config: ServerConfig) -> dict[str, list[Exchange]]:
+    found: dict[str, list[Exchange]] = {which: [] for which in ports}
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {}
+        for which, port in ports.items():
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options(config))
+            await stack.enter_async_context(channel)
+            clients[which] = await _connect(CLIENTS[which](), channel)
+        for block in range(WARM_BLOCKS + exchanges // BLOCK):
+            for which, (client, call) in clients.items():
+                times = [await _exchange(client, call, block * BLOCK + i) for i in range(BLOCK)]
+                found[which] += times[SETTLE:] if block >= WARM_BLOCKS else []
+        for _, call in clients.values():
+            call.cancel()
+    return found
+
+
+async def _connect(client: StepClient, channel: grpc.aio.Channel) -> tuple[StepClient, Call]:
+    call: Call = channel.stream_stream(client.method)()
+    await client.begin(call)
+    return client, call
+
+
+async def _exchange(client: StepClient, call: Call, number: int) -> Exchange:
+    begin = time.perf_counter()
+    data = client.request(number)
+    sent = time.perf_counter()
+    await call.write(data)
+    back = await _read(call)
+    got = time.perf_counter()
+    client.answer(back)
+    return Exchange(got - sent, time.perf_counter() - begin)
+
+
+def _summary(found: dict[str, list[Exchange]]) -> dict[str, Any]:
+    rows: dict[str, Any] = {
+        "bytes": len(_sample().SerializeToString()),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg(),
+    }
+    for which, times in found.items():
+        wire, whole = sorted(one.wire for one in times), sorted(one.whole for one in times)
+        rows[which] = {"p50_us": _at(wire, 0.5), "p99_us": _at(wire, 0.99), "whole_p50_us": _at(whole, 0.5)}
+    rows["ratio_p50"] = round(rows["step"]["p50_us"] / rows["echo"]["p50_us"], 3)
+    rows["ratio_p50_with_messages"] = round(rows["step"]["whole_p50_us"] / rows["echo"]["whole_p50_us"], 3)
+    return rows
+
+
+def _at(ordered: list[float], part: float) -> float:
+    return round(ordered[int(len(ordered) * part)] * 1e6, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--exchanges", type=int, default=10_000, help="steps, and as many echoes")
+    parser.add_argument("--no-uvloop", action="store_true", help="plain asyncio on both sides of both")
+    given = parser.parse_args()
+    print(json.dumps(measure(given.exchanges, not given.no_uvloop)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""`speculator bench`: hands over to the benchmarks.
+
+Owns: their names. Must never know what they measure; each reads its own arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import typer
+
+BENCHES = {
+    "latency": ("speculator.bench.latency", "Tokens a second with and without drafts, beside transformers."),
+    "acceptance": ("speculator.bench.acceptance", "Accept length and acceptance by position over prompt sets."),
+    "rpc": ("speculator.bench.rpc", "One step over gRPC beside a raw echo of the same bytes."),
+}
+
+bench = typer.Typer(
+    help="Measure latency, acceptance, or the cost of gRPC. `speculator bench NAME --help` lists the options of one.",
+    no_args_is_help=True,
+)
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Run a benchmark's `main` as its own program would."""
+    module = import_module(BENCHES[name][0])
+    before = sys.argv
+    sys.argv = [f"speculator bench {name}", *arguments]
+    try:
+        raise typer.Exit(module.main() or 0)
+    finally:
+        sys.argv = before
+
+
+def _command(name: str, text: str) -> None:
+    def command(context: typer.Context) -> None:
+        run(name, context.args)
+
+    command.__doc__ = text
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    bench.command(name, add_help_option=False, context_settings=settings)(command)
+
+
+for _name, (_, _text) in BENCHES.items():
+    _command(_name, _text)

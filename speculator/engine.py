@@ -1,0 +1,353 @@
+"""The only place where target, head and cache meet: one step feeds, verifies, catches up and drafts.
+
+Owns: the models, the KV cache and the device state of rows. Must never know sessions, protocols or time limits; it
+trusts the page tables it is given. All device work of a step is queued before the one transfer that reads results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from speculator import drafting
+from speculator.errors import EngineFailedError, NumericalError, SpeculatorError
+from speculator.heads.base import DraftHead
+from speculator.rows import Rows
+from speculator.sampling import RowSampling, coupled_sample, scores, upload
+from speculator.tree import Tree, compaction, pack, seen_tokens
+from speculator.types import Draft, DraftShape, EngineInfo, Feed, Rule, SamplingParams, Step, StepResult, StepTimes
+from speculator.verify import DraftQ, Verdict, verify
+from target.attention.base import bind
+from target.attention.sdpa import SdpaAttention
+from target.batch import Batch, causal_positions
+from target.cache import PagedCache
+from target.llama import Hidden, Llama
+
+
+class Committed(NamedTuple):
+    """What one part of a step decided, still on the device."""
+
+    steps: Sequence[int]  # indices into the step list
+    tokens: Tensor  # [R, D] int64
+    kept: Tensor  # [R] int64 valid tokens
+    path: Tensor  # [R, D] int64 nodes: the root, then the accepted ones
+    logprobs: Tensor  # [R, D] float32
+    finite: Tensor  # [R] bool
+
+
+class Engine:
+    """Runs steps over rows. `head` None serves the target alone."""
+
+    def __init__(self, info: EngineInfo, model: Llama, head: DraftHead | None, cache: PagedCache) -> None:
+        self.info, self.model, self.head, self.cache = info, model, head, cache
+        self.device = cache.layers[0].device
+        self.attention = SdpaAttention(cache)
+        width = head.record.hidden_size if head else 1
+        self.rows = Rows(info.max_rows, width, info.vocab_size, cache.layers[0].dtype, self.device)
+        self.times = StepTimes()
+        self._drafts = 0
+
+    def open(self, row: int, sampling: SamplingParams, speculate: bool) -> None:
+        """Give a row to a new session."""
+        self.rows.open(row, sampling, speculate and self.head is not None)
+
+    def close(self, row: int) -> None:
+        self.rows.close(row)
+
+    @torch.inference_mode()
+    def step(self, steps: Sequence[Step]) -> list[StepResult]:
+        """Run one step of each row; NumericalError when any row met NaN or infinity (then no result counts)."""
+        try:
+            return self._step(steps)
+        except SpeculatorError:
+            raise
+        except RuntimeError as error:
+            raise EngineFailedError(f"the step failed on the device: {str(error).splitlines()[0]}") from error
+
+    def _step(self, steps: Sequence[Step]) -> list[StepResult]:
+        start = time.perf_counter()
+        rows = [s.row for s in steps]
+        self.rows.cached[self._ints(rows)] = self._ints([s.cached for s in steps])
+        feeds = [i for i, s in enumerate(steps) if s.feed]
+        rounds = [i for i, s in enumerate(steps) if s.draft is not None]
+        committed = [self._feed(steps, feeds)] if feeds else []
+        fed = time.perf_counter()
+        committed += [self._verify(steps, rounds)] if rounds else []
+        verified = time.perf_counter()
+        drafted = [self._propose(steps, group) for group in self._groups(steps)]
+        results = _collect(steps, committed, drafted)
+        self.times = StepTimes(fed - start, verified - fed, time.perf_counter() - verified)
+        return results
+
+    def _ints(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return upload(torch.tensor(values, dtype=torch.int64), self.device)
+
+    def _pages(self, steps: Iterable[Step]) -> Tensor:
+        tables = [list(s.pages) for s in steps]
+        width = max(len(t) for t in tables)
+        return self._ints([t + [0] * (width - len(t)) for t in tables])
+
+    # feed: tokens the caller decided on
+
+    def _feed(self, steps: Sequence[Step], picked: Sequence[int]) -> Committed:
+        """Run prompt chunks; sample the token after those that do not know theirs."""
+        chosen = [steps[i] for i in picked]
+        feeds = [s.feed for s in chosen if s.feed]
+        rows = self._ints([s.row for s in chosen])
+        sampling = self.rows.sampling([s.row for s in chosen])
+        counts = self._ints([len(f.tokens) for f in feeds])
+        batch = self._feed_batch(chosen, feeds, rows, counts)
+        hidden = self._target(batch)
+        self.rows.note(rows, batch.tokens, counts, sampling)
+        following, logprobs, finite = self._following(feeds, hidden, counts, batch, rows, sampling)
+        self.rows.note(rows, following[:, None], torch.ones_like(counts), sampling)
+        self._catch_up(chosen, batch, hidden, _shifted(batch.tokens, counts, following), rows)
+        self.rows.cached[rows] = batch.context + counts
+        sampled = self._ints([int(f.following is None) for f in feeds])
+        return Committed(picked, following[:, None], sampled, torch.zeros_like(following[:, None]), logprobs, finite)
+
+    def _feed_batch(self, chosen: Sequence[Step], feeds: Sequence[Feed], rows: Tensor, counts: Tensor) -> Batch:
+        width = max(len(f.tokens) for f in feeds)
+        tokens = self._ints([list(f.tokens) + [0] * (width - len(f.tokens)) for f in feeds])
+        context = self.rows.cached[rows]
+        longest = max(s.cached for s in chosen) + width
+        if len(chosen) > 1:
+            longest = max(s.cached + len(f.tokens) for s, f in zip(chosen, feeds, strict=True))
+        return Batch(tokens, causal_positions(context, width), context, counts, self._pages(chosen), longest=longest)
+
+    def _following(
+        self, feeds: Sequence[Feed], hidden: Hidden, counts: Tensor, batch: Batch, rows: Tensor, sampling: RowSampling
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The token after each chunk [R], its log-probability [R, 1], and which rows are finite [R]."""
+        last = _gather(hidden.final, (counts - 1)[:, None])
+        finite = last.isfinite().all(-1).all(-1)
+        known = self._ints([-1 if f.following is None else f.following for f in feeds])
+        if all(f.following is not None for f in feeds):
+            return known, torch.zeros(known.shape[0], 1, device=self.device), finite
+        logits = self.model.logits(last)
+        seen = self.rows.seen(rows, sampling)
+        values = scores(logits, sampling, None if seen is None else seen[:, None])
+        position = (batch.context + counts)[:, None]
+        sampled = coupled_sample(values, sampling, position)
+        following = torch.where(known < 0, sampled[:, 0], known)
+        finite &= logits.isfinite().all(-1).all(-1)
+        return following, _logprobs(logits, following[:, None]), finite
+
+    # verify: a draft below the last committed token
+
+    def _verify(self, steps: Sequence[Step], picked: Sequence[int]) -> Committed:
+        """Run [root, drafted nodes] through the target, keep what the rule accepts, and let the head catch up."""
+        chosen = [steps[i] for i in picked]
+        rows = self._ints([s.row for s in chosen])
+        tree = pack([s.draft for s in chosen], [s.root for s in chosen], self.device)
+        batch = self._verify_batch(chosen, tree, self.rows.cached[rows])
+        hidden = self._target(batch)
+        logits = self.model.logits(hidden.final)
+        verdict = self._judge(chosen, tree, logits, rows)
+        if not tree.chain:
+            self._keep_path(batch, verdict)
+            hidden = Hidden(_gather(hidden.final, verdict.path), tuple(_gather(t, verdict.path) for t in hidden.taps))
+        tokens = verdict.tokens.clamp(min=0)
+        self.rows.note(rows, tokens, verdict.kept, self.rows.sampling([s.row for s in chosen]))
+        self._catch_up(chosen, _committed_batch(batch, tokens, verdict.kept), hidden, tokens, rows)
+        self.rows.cached[rows] = batch.context + verdict.kept
+        logprobs = _logprobs(_gather(logits, verdict.path), tokens)
+        finite = (logits.isfinite().all(-1) | ~tree.valid()).all(-1)
+        return Committed(picked, verdict.tokens, verdict.kept, verdict.path, logprobs, finite)
+
+    def _verify_batch(self, chosen: Sequence[Step], tree: Tree, context: Tensor) -> Batch:
+        ends = [s.cached + 1 + (len(s.draft.tokens) if s.draft else 0) for s in chosen]
+        return Batch(
+            tokens=tree.tokens,
+            positions=context[:, None] + tree.depths,
+            context=context,
+            counts=tree.counts,
+            pages=self._pages(chosen),
+            ancestors=None if tree.chain else tree.ancestors,
+            longest=max(ends),
+        )
+
+    def _judge(self, chosen: Sequence[Step], tree: Tree, logits: Tensor, rows: Tensor) -> Verdict:
+        """Apply each row's own rule; rows of one rule are judged together."""
+        rules = [self.rows.params[s.row].rule for s in chosen]
+        if len(set(rules)) == 1:
+            return self._judge_rule(rules[0], chosen, tree, logits, rows)
+        shape = (len(chosen), tree.max_depth + 1)
+        whole = Verdict(rows.new_zeros(shape), torch.zeros_like(rows), rows.new_zeros(shape))
+        for rule in set(rules):
+            picked = [i for i, r in enumerate(rules) if r is rule]
+            index = self._ints(picked)
+            # chains that share a batch with trees are packed as trees
+            chains = all(chosen[i].draft is None or chosen[i].draft.is_chain for i in picked)
+            part = tree.select(index, chain=chains)
+            judged = self._judge_rule(rule, [chosen[i] for i in picked], part, logits[index], rows[index])
+            for field, values in zip(whole, judged, strict=True):
+                field[index] = values
+        return whole
+
+    def _judge_rule(self, rule: Rule, chosen: Sequence[Step], tree: Tree, logits: Tensor, rows: Tensor) -> Verdict:
+        sampling = self.rows.sampling([s.row for s in chosen])
+        seen = self.rows.seen(rows, sampling)
+        values = scores(logits, sampling, None if seen is None else seen_tokens(seen, tree))
+        q = None if rule is Rule.COUPLED else self._draft_q(chosen, tree)
+        return verify(rule, tree, values, sampling, self.rows.cached[rows] + 1, q)
+
+    def _draft_q(self, chosen: Sequence[Step], tree: Tree) -> DraftQ | None:
+        """What the drafts were drawn from: the client's own q, or the q kept of our draft; else point masses."""
+        drafts = [s.draft or Draft() for s in chosen]
+        width, vocab = tree.tokens.shape[1], self.info.vocab_size
+        client = DraftQ.from_drafts(drafts, width, vocab, self.device)
+        kept = {i: self.rows.q(s.row, d.draft_id) for i, (s, d) in enumerate(zip(chosen, drafts, strict=True)) if d.draft_id}
+        ours = {i: q for i, q in kept.items() if q is not None}
+        if not ours:
+            return client
+        if client is None:
+            ones = torch.zeros(len(chosen), width, vocab, dtype=torch.float64, device=self.device)
+            client = DraftQ(ones.scatter_(-1, tree.tokens[..., None], 1.0), _most_siblings(drafts))
+        for i, q in ours.items():
+            client.probs[i, 1 : 1 + q.shape[0]] = q
+        return client
+
+    def _keep_path(self, batch: Batch, verdict: Verdict) -> None:
+        """Move the accepted nodes' keys and values next to the committed ones; the rest is forgotten."""
+        slots = batch.slots(self.cache.page_size, self.cache.pad_slot)
+        source, destination = compaction(verdict.path, verdict.kept, torch.zeros_like(verdict.kept))
+        self.cache.move(slots.gather(1, source).flatten(), slots.gather(1, destination).flatten())
+
+    # the two models
+
+    def _target(self, batch: Batch) -> Hidden:
+        taps = self.head.taps if self.head else ()
+        return self.model(batch.tokens, batch.positions, bind(self.attention, batch), taps)  # type: ignore[no-any-return]
+
+    def _catch_up(
+        self, chosen: Sequence[Step], batch: Batch, hidden: Hidden, following: Tensor, rows: Tensor
+    ) -> None:
+        """Run the head over rows (feature t, token t + 1) and keep its last output; rows without speculation sit out."""
+        if self.head is None:
+            return
+        features = self.head.features(hidden)
+        picked = [i for i, s in enumerate(chosen) if self.rows.speculate[s.row]]
+        if not picked:
+            return
+        if len(picked) < len(chosen):
+            index = self._ints(picked)
+            batch = _rows_of(batch, index)
+            features, following, rows = features[index], following[index], rows[index]
+        output = self.head(self.head.fuse(features), following, batch.positions, bind(self.attention, batch))
+        self.rows.output[rows] = _gather(output, (batch.counts - 1)[:, None])[:, 0]
+
+    # propose
+
+    def _groups(self, steps: Sequence[Step]) -> list[list[int]]:
+        """Step indices that draft together: one shape, one way of drawing."""
+        groups: dict[tuple[DraftShape, bool], list[int]] = {}
+        for i, step in enumerate(steps):
+            if step.propose is not None and self.rows.speculate[step.row] and step.propose.depth > 0:
+                coupled = self.rows.params[step.row].rule is Rule.COUPLED
+                groups.setdefault((step.propose, coupled), []).append(i)
+        return list(groups.values())
+
+    def _propose(self, steps: Sequence[Step], picked: Sequence[int]) -> drafting.Drafted:
+        """Draft one shape for several rows."""
+        assert self.head is not None
+        chosen = [steps[i] for i in picked]
+        index = [s.row for s in chosen]
+        context = self.rows.cached[self._ints(index)]
+        start = drafting.Start(
+            output=self.rows.output[self._ints(index)],
+            context=context,
+            pages=self._pages(chosen),
+            longest=self._longest(context, chosen),
+            sampling=self.rows.sampling(index),
+            coupled=self.rows.params[index[0]].rule is Rule.COUPLED,
+        )
+        shape = chosen[0].propose
+        assert shape is not None
+        return self._number(drafting.draft(self.head, self.attention, start, shape), picked, index)
+
+    def _longest(self, context: Tensor, chosen: Sequence[Step]) -> int:
+        """A bound on the cached length after this step's commits; exact where looking costs nothing."""
+        if self.device.type == "cpu":
+            return int(context.max())
+        return max(s.cached + len(s.feed.tokens if s.feed else s.draft.tokens if s.draft else ()) + 1 for s in chosen)
+
+    def _number(self, drafted: drafting.Drafted, picked: Sequence[int], rows: Sequence[int]) -> drafting.Drafted:
+        ids = []
+        for i, row in enumerate(rows):
+            self._drafts += 1
+            ids.append(self._drafts)
+            self.rows.keep_q(row, self._drafts, None if drafted.q is None else drafted.q[i])
+        return drafted._replace(steps=picked, ids=ids)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x [R, T, W] at index [R, D] -> [R, D, W]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p [R, D] of tokens [R, D] under raw logits [R, D, V]: before temperature and filters."""
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return chosen.float() - logits.float().logsumexp(-1)
+
+
+def _shifted(tokens: Tensor, counts: Tensor, following: Tensor) -> Tensor:
+    """[R, T]: the token after each one; `following` [R] comes after the last valid one."""
+    shifted = torch.cat((tokens[:, 1:], tokens[:, :1]), dim=1)
+    return shifted.scatter(1, (counts - 1)[:, None], following[:, None])
+
+
+def _rows_of(batch: Batch, index: Tensor) -> Batch:
+    tensors = {k: v[index] for k, v in batch._asdict().items() if isinstance(v, Tensor)}
+    return batch._replace(**tensors)
+
+
+def _committed_batch(batch: Batch, tokens: Tensor, kept: Tensor) -> Batch:
+    """The head's pass over an accepted path of `kept` [R] of `tokens` [R, D]."""
+    positions = causal_positions(batch.context, tokens.shape[1])
+    return batch._replace(tokens=tokens, positions=positions, counts=kept, ancestors=None)
+
+
+def _most_siblings(drafts: Sequence[Draft]) -> int:
+    return max((d.parents.count(p) for d in drafts for p in set(d.parents)), default=1)
+
+
+def _collect(
+    steps: Sequence[Step], committed: Sequence[Committed], drafted: Sequence[drafting.Drafted]
+) -> list[StepResult]:
+    """The one transfer: read every result back and hand out plain values."""
+    device = [t for c in committed for t in (c.tokens, c.kept, c.path, c.logprobs, c.finite)]
+    device += [t for d in drafted for t in (d.tokens, d.parents, d.logprobs)]
+    host = iter(_download(device))
+    results = [StepResult() for _ in steps]
+    for part in committed:
+        tokens, kept, path, logprobs, finite = (next(host) for _ in range(5))
+        if not all(finite):
+            raise NumericalError("the target produced NaN or infinite values; nothing was committed")
+        for row, i in enumerate(part.steps):
+            n = kept[row]
+            nodes = tuple(node - 1 for node in path[row][1:n])
+            results[i] = StepResult(tuple(tokens[row][:n]), tuple(logprobs[row][:n]), nodes)
+    for part in drafted:
+        tokens, parents, logprobs = (next(host) for _ in range(3))
+        for row, i in enumerate(part.steps):
+            draft = Draft(tuple(tokens[row]), tuple(parents[row]), tuple(logprobs[row]), draft_id=part.ids[row])
+            results[i] = results[i]._replace(draft=draft)
+    return results
+
+
+def _download(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """Nested lists of the tensors; from a GPU in one copy."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return [t.tolist() for t in tensors]
+    flat = [(t.double().view(torch.int64) if t.is_floating_point() else t.long()).flatten() for t in tensors]
+    pieces = torch.cat(flat).cpu().split([t.numel() for t in tensors])
+    return [
+        (p.view(torch.float64) if t.is_floating_point() else p).view(t.shape).tolist()
+        for p, t in zip(pieces, tensors, strict=True)
+    ]

@@ -1,0 +1,124 @@
+"""What the engine asks of a draft head.
+
+Owns: the seam. A head fuses the target's features, runs one pass over (feature, next token) rows, says what it drafts
+and what it feeds itself next. Must never know sessions, sampling or trees.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from speculator.heads.record import HeadRecord
+from target.attention.base import Attend
+from target.cache import LayerShape
+from target.layers import GatedMLP, RMSNorm, SelfAttention
+from target.llama import Hidden
+from target.rope import Rope
+
+
+class TargetWeights(NamedTuple):
+    """What a head may borrow; a tuple, so that torch does not count them as the head's own parameters."""
+
+    embed: Tensor  # [V, Ht]
+    lm_head: Tensor  # [V, Ht]
+
+
+class DraftHead(nn.Module, ABC):
+    """Row t pairs the target's feature at position t with the embedding of token t + 1; its output drafts token t + 2.
+
+    Shapes: R rows, T tokens, H head width, Vd draft vocabulary. `first_layer` is the number of the head's first layer
+    in the shared KV cache.
+    """
+
+    target_ids: Tensor | None  # [Vd] int64, draft id -> target id; None when the vocabularies are equal
+
+    def __init__(self, record: HeadRecord, shared: TargetWeights, first_layer: int) -> None:
+        super().__init__()
+        self.record, self.shared, self.first_layer = record, shared, first_layer
+        self.rope = Rope(record.rope, record.head_dim)
+        self.embed = nn.Embedding(record.vocab_size, record.hidden_size) if record.own_embed else None
+        own = record.own_lm_head
+        self.lm_head = nn.Linear(record.hidden_size, record.draft_vocab_size, bias=False) if own else None
+        ids = torch.arange(record.draft_vocab_size) if record.d2t else None
+        self.register_buffer("target_ids", ids, persistent=False)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Boundaries k of the B(k) that the target must hand over."""
+        return self.record.boundaries
+
+    @property
+    def cache_layers(self) -> list[LayerShape]:
+        return [LayerShape(self.record.num_kv_heads, self.record.head_dim)] * self.record.num_layers
+
+    def features(self, hidden: Hidden) -> Tensor:
+        """[R, T, feature_size] true features of a target pass."""
+        return torch.cat(hidden.taps, dim=-1) if self.taps else hidden.final
+
+    @abstractmethod
+    def fuse(self, features: Tensor) -> Tensor:
+        """True features [R, T, feature_size] -> what `forward` takes as hidden [R, T, H]."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """hidden [R, T, H], tokens and positions [R, T] int64 (token t + 1 at position t) -> output g [R, T, H]."""
+
+    @abstractmethod
+    def recycle(self, output: Tensor) -> Tensor:
+        """Output g -> the hidden of the next recursive step."""
+
+    @abstractmethod
+    def logits(self, output: Tensor) -> Tensor:
+        """Output g [..., H] -> draft logits [..., Vd]."""
+
+    @property
+    def embedding_table(self) -> Tensor:
+        """[V, H]; the head's own or the target's."""
+        return self.shared.embed if self.embed is None else self.embed.weight
+
+    def embedding(self, tokens: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens, self.embedding_table)
+
+    def project(self, normed: Tensor) -> Tensor:
+        """The lm_head: the head's own, its embedding table, or the target's lm_head."""
+        if self.lm_head is not None:
+            return self.lm_head(normed)  # type: ignore[no-any-return]
+        table = self.embedding_table if self.record.lm_head_is_embed else self.shared.lm_head
+        return nn.functional.linear(normed, table)
+
+
+def head_attention(record: HeadRecord, layer: int, in_size: int) -> SelfAttention:
+    """The head's attention with cache layer number `layer`."""
+    r = record
+    return SelfAttention(
+        layer,
+        in_size,
+        r.hidden_size,
+        r.num_heads,
+        r.num_kv_heads,
+        r.head_dim,
+        qkv_bias=r.qkv_bias,
+        o_bias=r.o_bias,
+        qk_norm_eps=r.norm_eps if r.qk_norm else None,
+    )
+
+
+class PlainLayer(nn.Module):
+    """An ordinary pre-norm layer, as the layers after the first of a deep head."""
+
+    def __init__(self, record: HeadRecord, layer: int, input_norm: bool = True) -> None:
+        super().__init__()
+        r = record
+        self.input_norm = RMSNorm(r.hidden_size, r.norm_eps) if input_norm else None
+        self.attention = head_attention(r, layer, r.hidden_size)
+        self.post_norm = RMSNorm(r.hidden_size, r.norm_eps)
+        self.mlp = GatedMLP(r.hidden_size, r.intermediate_size, r.mlp_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        normed = x if self.input_norm is None else self.input_norm(x)
+        x = x + self.attention(normed, cos, sin, attend)
+        return x + self.mlp(self.post_norm(x))  # type: ignore[no-any-return]

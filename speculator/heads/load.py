@@ -1,0 +1,91 @@
+"""Builds a draft head for a target: new, or filled from a published folder.
+
+Owns: the table of head kinds, moving tensors into modules, and the log of what was chosen. Must never know formats.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from speculator.errors import ConfigError
+from speculator.heads.base import DraftHead, TargetWeights
+from speculator.heads.eagle import EagleHead
+from speculator.heads.eagle3 import Eagle3Head
+from speculator.heads.folder import checkpoint_errors
+from speculator.heads.formats import HeadFile, read_head
+from speculator.heads.reading import TargetFacts
+from speculator.heads.record import HeadRecord
+from target.llama import Llama
+from target.rope import Rope
+from target.weights import Progress, fill
+
+log = logging.getLogger("speculator.heads")
+
+HEADS: dict[str, type[DraftHead]] = {"eagle": EagleHead, "eagle3": Eagle3Head}
+
+
+def load_head(
+    folder: Path,
+    target: Llama,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    overrides: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    *,
+    target_name: str = "",
+) -> DraftHead:
+    """Load a published head for a loaded target, whose dtype and device it must share.
+
+    `overrides` replaces fields of the record by name ("norm_before_residual": "true", "rope.theta": "10000").
+    CheckpointError when the folder cannot be used, or not with this target; ConfigError for a wrong override.
+    `target_name` is compared with the verifier that the file names, for a warning.
+    """
+    if target.embed.weight.dtype != dtype:
+        raise ConfigError(f"the head must run in the target's dtype {target.embed.weight.dtype}, not {dtype}")
+    file = read_head(folder, TargetFacts.of(target.config, target_name), overrides)
+    log_choices(file)
+    with torch.device("meta"):
+        head = build_head(file.record, target)
+    head = head.to(dtype).to_empty(device=device)
+    head.rope = Rope(file.record.rope, file.record.head_dim).to(device)  # again, in float32
+    head.target_ids = None if file.target_ids is None else file.target_ids.to(device)
+    with checkpoint_errors(folder):
+        fill(head, file.slots, _fitting(file), folder, progress)
+    return head.requires_grad_(False).eval()
+
+
+def build_head(record: HeadRecord, target: Llama, target_ids: Tensor | None = None) -> DraftHead:
+    """A head with fresh weights that borrows the target's embedding and lm_head; `target_ids` [Vd] iff record.d2t."""
+    shared = TargetWeights(target.embed.weight, target.head_weight)
+    head = HEADS[record.kind](record, shared, target.config.num_layers)
+    if target_ids is not None:
+        head.target_ids = target_ids
+    return head
+
+
+def _fitting(file: HeadFile) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in file order; tables over the vocabulary cut or padded with zero rows to the target's size."""
+    rows = {"embed.weight": file.record.vocab_size, "lm_head.weight": file.record.draft_vocab_size}
+    for name, tensor in file.tensors.items():
+        wanted = rows.get(file.slots[name].parameter)
+        yield name, tensor if wanted is None or tensor.dim() != 2 else _with_rows(tensor, wanted)
+
+
+def _with_rows(table: Tensor, rows: int) -> Tensor:
+    if table.shape[0] >= rows:
+        return table[:rows]
+    return torch.cat((table, table.new_zeros(rows - table.shape[0], table.shape[1])))
+
+
+def log_choices(file: HeadFile) -> None:
+    """The record, field by field with its source; what the file leaves open stands out."""
+    log.info("head %s: %s, %.1f million parameters", file.folder, file.record.kind, file.parameters / 1e6)
+    for choice in file.choices:
+        log.info("  %s", choice)
+    for warning in file.warnings:
+        log.warning("head %s: %s", file.folder, warning)

@@ -1,0 +1,144 @@
+"""Prometheus: what the worker counted, and how calls ended, on a port of their own.
+
+Owns: metric names and the scrape. Must never be on the path of a step: numbers are read when somebody asks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client import Histogram as PrometheusHistogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from speculator.core import DrafterCore
+from speculator.totals import Histogram
+
+CALL_LABELS = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class ServiceMetrics(Collector):
+    """Reads a core's totals when scraped."""
+
+    def __init__(self, core: DrafterCore, build: dict[str, str]) -> None:
+        self._core = core
+        self._build = build
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._acceptance()
+        yield from self._histograms()
+        yield from self._held()
+
+    def _acceptance(self) -> Iterator[Metric]:
+        counts = self._core.totals.acceptance.copy()
+        yield _counter("speculator_steps", "Rounds: drafts verified.", counts.steps)
+        yield _counter("speculator_draft_tokens", "Drafted tokens that were verified.", counts.draft_tokens)
+        yield _counter("speculator_accepted_draft_tokens", "Drafted tokens accepted.", counts.accepted_tokens)
+        yield _counter("speculator_output_tokens", "Tokens committed after the prompt.", counts.output_tokens)
+        yield _by_position("speculator_accepted_tokens_at_position", "Rounds that accepted it.", counts.accepted_at)
+        yield _by_position("speculator_drafted_tokens_at_position", "Rounds that judged it.", counts.drafted_at)
+
+    def _histograms(self) -> Iterator[Metric]:
+        totals = self._core.totals
+        yield _histogram(
+            "speculator_step_accepted_tokens", "Drafted tokens accepted a round.", totals.accepted_per_step()
+        )
+        yield _histogram("speculator_queue_seconds", "Wait before the first engine step.", totals.queue_seconds)
+        yield _histogram("speculator_draft_seconds", "Drafting, an engine step.", totals.draft_seconds)
+        yield _histogram("speculator_verify_seconds", "Target passes, an engine step.", totals.verify_seconds)
+        yield _histogram("speculator_batch_size", "Sessions of an engine step.", totals.batch_size)
+
+    def _held(self) -> Iterator[Metric]:
+        usage = self._core.usage()
+        free = usage.total_pages - usage.reserved_pages
+        pages = {"used": usage.used_pages, "promised": usage.reserved_pages - usage.used_pages, "free": free}
+        sessions = {"active": usage.active, "finished": usage.finished}
+        rejected = CounterMetricFamily("speculator_rejected", "Work items answered with an error.", labels=["reason"])
+        for reason, count in list(self._core.totals.rejected.items()):
+            rejected.add_metric([reason], count)
+        yield rejected
+        yield _gauge("speculator_sessions", "Sessions.", "state", sessions)
+        yield _gauge("speculator_kv_blocks", "KV pages.", "state", pages)
+        yield GaugeMetricFamily("speculator_queue_size", "Work items that wait or run.", self._core.in_flight)
+        info = GaugeMetricFamily("speculator_build_info", "What runs here.", labels=list(self._build))
+        info.add_metric(list(self._build.values()), 1)
+        yield info
+
+
+def _counter(name: str, words: str, value: float) -> Metric:
+    return CounterMetricFamily(name, words, value)
+
+
+def _by_position(name: str, words: str, counts: list[int]) -> Metric:
+    family = CounterMetricFamily(name, f"By depth in the draft, 1 is the first token. {words}", labels=["position"])
+    for index, count in enumerate(counts):
+        family.add_metric([str(index + 1)], count)
+    return family
+
+
+def _histogram(name: str, words: str, values: Histogram) -> Metric:
+    return HistogramMetricFamily(name, words, values.cumulative(), values.total)
+
+
+def _gauge(name: str, words: str, label: str, values: dict[str, int]) -> Metric:
+    family = GaugeMetricFamily(name, words, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+class CallMetrics:
+    """Counts of calls by method and status, under the names that gRPC dashboards know."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._started = Counter("grpc_server_started", "Calls begun.", CALL_LABELS, registry=registry)
+        self._handled = Counter("grpc_server_handled", "Calls ended.", (*CALL_LABELS, "grpc_code"), registry=registry)
+        self._seconds = PrometheusHistogram(
+            "grpc_server_handling_seconds", "Time of a call.", CALL_LABELS, registry=registry
+        )
+
+    def call(self, kind: str, method: str) -> Call:
+        """`method` is the full name, /package.Service/Method."""
+        _, service, name = method.split("/")
+        self._started.labels(kind, service, name).inc()
+        return Call(self, (kind, service, name))
+
+    def ended(self, labels: tuple[str, str, str], code: str, seconds: float) -> None:
+        self._handled.labels(*labels, code).inc()
+        self._seconds.labels(*labels).observe(seconds)
+
+
+class Call:
+    """One call under way; the status it ended with is set by whoever knows it."""
+
+    def __init__(self, metrics: CallMetrics, labels: tuple[str, str, str]) -> None:
+        self.code = grpc.StatusCode.CANCELLED.name
+        self._metrics = metrics
+        self._labels = labels
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.ended(self._labels, self.code, time.perf_counter() - self._began)
+
+
+class MetricsServer:
+    """An HTTP endpoint for scrapes, on its own thread."""
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        self._server, self._thread = start_http_server(port, host, registry)
+        self.port = int(self._server.server_port)
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,76 @@
+"""Device state by row: what the engine remembers of a session between steps.
+
+Owns: one slot per session that never moves, written by index. Must never know session ids, protocols or scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from speculator.errors import DraftNotFoundError
+from speculator.sampling import RowSampling
+from speculator.types import SamplingParams
+
+
+class Rows:
+    """State of `count` rows. `output` is the head's output at the last committed token, from which drafts start."""
+
+    def __init__(self, count: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.device, self.vocab = device, vocab
+        self.cached = torch.zeros(count, dtype=torch.int64, device=device)
+        self.output = torch.zeros(count, width, dtype=dtype, device=device)
+        self.params: list[SamplingParams] = [SamplingParams()] * count
+        self.speculate = [False] * count
+        self._seen: Tensor | None = None  # [count, V] bool, only once somebody asks for a repetition penalty
+        self._q: dict[int, tuple[int, Tensor | None]] = {}
+        self._samplings: dict[tuple[int, ...], RowSampling] = {}
+
+    def open(self, row: int, params: SamplingParams, speculate: bool) -> None:
+        self.close(row)
+        self.params[row], self.speculate[row] = params, speculate
+        if params.repetition_penalty != 1.0 and self._seen is None:
+            count = len(self.params)
+            self._seen = torch.zeros(count, self.vocab, dtype=torch.bool, device=self.device)
+        if self._seen is not None:
+            self._seen[row] = False
+
+    def close(self, row: int) -> None:
+        self._q.pop(row, None)
+        self._samplings.clear()
+        self.params[row], self.speculate[row] = SamplingParams(), False
+
+    def sampling(self, rows: Sequence[int]) -> RowSampling:
+        """The sampling parameters of a batch as device tensors; kept until a row is opened or closed."""
+        key = tuple(rows)
+        if key not in self._samplings:
+            if len(self._samplings) > 256:
+                self._samplings.clear()
+            self._samplings[key] = RowSampling.from_params([self.params[r] for r in key], self.device)
+        return self._samplings[key]
+
+    def note(self, rows: Tensor, tokens: Tensor, counts: Tensor, sampling: RowSampling) -> None:
+        """Remember committed `tokens` [R, T] (the first `counts` [R] of each) for the repetition penalty."""
+        if self._seen is None or not sampling.any_penalty:
+            return
+        valid = torch.arange(tokens.shape[1], device=self.device) < counts[:, None]
+        fresh = torch.zeros(rows.shape[0], self.vocab + 1, dtype=torch.bool, device=self.device)
+        fresh.scatter_(1, tokens.masked_fill(~valid, self.vocab), True)
+        self._seen[rows] |= fresh[:, : self.vocab]
+
+    def seen(self, rows: Tensor, sampling: RowSampling) -> Tensor | None:
+        """[R, V] bool tokens that the penalty applies to, None when no row asks for one."""
+        return self._seen[rows] if self._seen is not None and sampling.any_penalty else None
+
+    def keep_q(self, row: int, draft_id: int, q: Tensor | None) -> None:
+        """Hold the distributions [N, V] that a draft was drawn from (None: point masses) until the row's next draft."""
+        self._q[row] = (draft_id, q)
+
+    def q(self, row: int, draft_id: int) -> Tensor | None:
+        """[N, V]; verifying a drawn draft without its q would bias the output, so a lost one is an error."""
+        held, q = self._q.get(row, (0, None))
+        if held != draft_id:
+            raise DraftNotFoundError(f"the distribution of draft {draft_id} is no longer held; propose again")
+        return q

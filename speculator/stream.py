@@ -1,0 +1,246 @@
+"""One Draft stream: many steps of many sessions over one call, each answered as it ends.
+
+Owns: the order of items within a session, deadlines of items, errors as items, the drain notice. Must never decide
+anything about a session, nor end the stream because an item failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+
+from speculator.answers import Acceptance, Answer
+from speculator.core import DrafterCore
+from speculator.errors import DeadlineExceededError, InvalidArgumentError, SpeculatorError
+from speculator.session import Job, SessionSpec
+from speculator.status import status_of
+from speculator.translate import (
+    About,
+    extend_job,
+    fill_created,
+    fill_deleted,
+    fill_extended,
+    fill_proposed,
+    fill_verified,
+    propose_job,
+    seconds_of,
+    verify_job,
+)
+from speculator.v1 import drafter_pb2 as pb
+
+MAX_OPEN = 1024  # items under way and answers not yet written, from which on requests are left unread
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in the library's stubs only
+
+
+class Malformed:
+    """Stands for a message that did not parse."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = InvalidArgumentError(f"the message does not parse: {error}")
+
+
+class Specs(Protocol):
+    """Turns a create request into a session spec; tokenizing may take a while."""
+
+    def __call__(self, request: pb.CreateSessionRequest, owner: str) -> Awaitable[SessionSpec]: ...
+
+
+class Item:
+    """One request of the stream until it is answered. Items with the same key are answered in order."""
+
+    deadline = math.inf
+    job: Job | None = None
+    timer: asyncio.TimerHandle | None = None
+    answered = False
+
+    def __init__(self, number: int, key: str, kind: str, body: Any) -> None:
+        self.number, self.key, self.kind, self.body = number, key, kind, body
+
+
+class DraftStream:
+    """Reads requests, starts them in order per session, writes answers as they come."""
+
+    def __init__(self, core: DrafterCore, context: Context, owner: str, about: About, specs: Specs) -> None:
+        self._core, self._context, self._owner, self._about, self._specs = core, context, owner, about, specs
+        self._loop = asyncio.get_running_loop()
+        self._lines: dict[str, deque[Item]] = {}  # by key: the item under way, then those that wait behind it
+        self._open = 0  # items not let go of
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._out: deque[pb.DraftResponse] = deque()
+        self._wake: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()
+        self._read_all = False
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+
+    async def run(self) -> None:
+        """Serves the stream until the client has sent all and heard all; raises what `end` was given."""
+        parts = [self._loop.create_task(self._read()), self._loop.create_task(self._write())]
+        try:
+            await asyncio.wait([parts[1], self._ended], return_when=asyncio.FIRST_COMPLETED)
+            (self._ended if self._ended.done() else parts[1]).result()
+        finally:
+            for task in [*parts, *self._tasks]:
+                task.cancel()
+            for line in self._lines.values():
+                self._cancel(line[0])
+            if not self._ended.cancel():
+                self._ended.exception()  # heard of, even when the stream ended for another reason
+
+    def end(self, error: SpeculatorError) -> None:
+        """Ends the whole stream with `error`."""
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+    def send(self, response: pb.DraftResponse) -> None:
+        """Writes a message when its turn comes."""
+        self._out.append(response)
+        wake = self._wake
+        if wake is not None and not wake.done():
+            wake.set_result(None)
+
+    # ---- reading ----
+
+    async def _read(self) -> None:
+        read = self._context.read
+        try:
+            while (request := await read()) is not grpc.aio.EOF:
+                if isinstance(request, Malformed):
+                    self.end(request.error)
+                    return
+                self._take(request)
+                while len(self._out) + self._open >= MAX_OPEN:
+                    self._room.clear()
+                    await self._room.wait()
+        finally:
+            self._read_all = True
+            if self._wake is not None and not self._wake.done():
+                self._wake.set_result(None)
+
+    def _take(self, request: pb.DraftRequest) -> None:
+        kind = request.WhichOneof("request")
+        if kind is None:
+            error = InvalidArgumentError("the item holds no request this server knows", field="request")
+            self._say(request.correlation_id, error)
+            return
+        body = getattr(request, kind)
+        item = Item(request.correlation_id, body.session_id or f" {request.correlation_id}", kind, body)
+        if request.HasField("timeout"):
+            self._set_timer(item, seconds_of(request.timeout))
+        self._open += 1
+        line = self._lines.get(item.key)
+        if line is not None:
+            line.append(item)
+            return
+        self._lines[item.key] = deque((item,))
+        self._start(item)
+
+    def _set_timer(self, item: Item, seconds: float) -> None:
+        item.deadline = time.monotonic() + seconds
+        item.timer = self._loop.call_later(max(0.0, seconds), self._too_late, item)
+
+    def _too_late(self, item: Item) -> None:
+        """Tells the client now; the item keeps its place until the worker has let go of it."""
+        self._answer(item, DeadlineExceededError("the item's timeout passed before its answer"))
+        self._cancel(item)
+
+    def _cancel(self, item: Item) -> None:
+        if item.job is not None:
+            self._core.cancel(item.job)
+
+    # ---- items ----
+
+    def _start(self, item: Item) -> None:
+        make = JOBS.get(item.kind)
+        if make is None:
+            task = self._loop.create_task(self._attempt(item))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return
+        try:
+            self._submit(item, make(item.body, self._owner, item.deadline))
+        except SpeculatorError as error:
+            self._finish(item, error)
+
+    def _submit(self, item: Item, job: Job) -> None:
+        item.job = job
+        job.done = partial(self._finish, item)
+        self._core.start_job(job)
+
+    async def _attempt(self, item: Item) -> None:
+        try:
+            await SLOW[item.kind](self, item)
+        except SpeculatorError as error:
+            self._finish(item, error)
+
+    async def _create(self, item: Item) -> None:
+        spec = await self._specs(item.body, self._owner)
+        self._submit(item, self._core.create_job(spec, item.deadline))
+
+    async def _delete(self, item: Item) -> None:
+        self._finish(item, await self._core.delete(item.body.session_id, self._owner))
+
+    def _finish(self, item: Item, answer: Answer | Acceptance | SpeculatorError | None) -> None:
+        """The worker has let go of the item: answer it, then start the next one of its session."""
+        self._open -= 1
+        self._answer(item, answer)
+        line = self._lines[item.key]
+        line.popleft()
+        if line:
+            self._start(line[0])
+        else:
+            del self._lines[item.key]
+
+    # ---- writing ----
+
+    def _answer(self, item: Item, answer: Answer | Acceptance | SpeculatorError | None) -> None:
+        if item.answered:
+            return
+        item.answered = True
+        if item.timer is not None:
+            item.timer.cancel()
+        if isinstance(answer, SpeculatorError):
+            self._say(item.number, answer)
+        else:
+            response = pb.DraftResponse(correlation_id=item.number)
+            FILLS[item.kind](getattr(response, item.kind), answer, item.body, self._about)
+            self.send(response)
+
+    def _say(self, number: int, error: SpeculatorError) -> None:
+        self.send(pb.DraftResponse(correlation_id=number, status=status_of(error)))
+
+    async def _write(self) -> None:
+        out, write = self._out, self._context.write
+        while True:
+            while out:
+                await write(out.popleft())
+                self._room.set()
+            if self._read_all and not self._open:
+                return
+            self._wake = self._loop.create_future()
+            await self._wake
+
+
+JOBS: dict[str, Callable[[Any, str, float], Job]] = {
+    "propose": propose_job,
+    "verify": verify_job,
+    "extend": extend_job,
+}
+SLOW: dict[str, Callable[[DraftStream, Item], Awaitable[None]]] = {
+    "create_session": DraftStream._create,
+    "delete_session": DraftStream._delete,
+}
+FILLS: dict[str, Callable[[Any, Any, Any, About], None]] = {
+    "create_session": fill_created,
+    "delete_session": fill_deleted,
+    "propose": fill_proposed,
+    "verify": fill_verified,
+    "extend": fill_extended,
+}

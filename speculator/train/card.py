@@ -1,0 +1,138 @@
+"""Fills the model cards of a pair from the results of its stages.
+
+Owns: the words of the card. Must never know tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from speculator.train.recipe import Recipe
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def write_cards(recipe: Recipe, results: Results, data: Path, out: Path) -> None:
+    """README.md beside the pair and in both folders."""
+    text = pair_card(recipe, results, data)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(text, encoding="utf-8")
+    for part, what in (("target", "the target"), ("eagle3", "the EAGLE-3 head")):
+        if (out / part).exists():
+            note = (
+                f"# {recipe.name}: {what}\n\nThe card of the pair, with data, licences and figures, is ../README.md.\n"
+            )
+            (out / part / "README.md").write_text(note, encoding="utf-8")
+
+
+def pair_card(recipe: Recipe, results: Results, data: Path) -> str:
+    parts = [
+        _head(recipe, results),
+        _figures(results),
+        _losses(results),
+        _commands(recipe, results),
+        _sources(recipe, data),
+    ]
+    return "\n".join(parts)
+
+
+def _head(recipe: Recipe, results: Results) -> str:
+    t = recipe.target
+    size, head = (results.get(stage, {}).get("parameters", 0) / 1e6 for stage in ("target", "eagle3"))
+    return f"""# {recipe.name}
+
+A small English target and its EAGLE-3 draft head, trained from scratch by this project for demonstrations, tests and
+benchmarks of speculative decoding. It writes short, fluent, often wrong text; do not use it for anything else.
+
+| part | shape | parameters |
+|---|---|---|
+| target | Llama layout, {t.layers} layers of width {t.hidden_size}, {t.heads} heads and {t.kv_heads} key-value heads \
+of {t.head_dim}, MLP {t.intermediate_size}, vocabulary {recipe.tokenizer.vocab_size}, tied embeddings | {size:.2f} M |
+| eagle3 | one layer, taps at boundaries {list(recipe.taps)}, MLP {recipe.head.intermediate_size}, own lm_head over \
+the whole vocabulary | {head:.2f} M |
+
+Weights are bfloat16. The chat format is `<|user|>question<|end|><|assistant|>answer<|end|>`; texts start after
+`<|end|>`.
+"""
+
+
+def _figures(results: Results) -> str:
+    sets = results.get("evaluate", {}).get("sets", {})
+    if not sets:
+        return ""
+    lines = [
+        "## Figures",
+        "",
+        "Greedy, float32 arithmetic, prompts not trained on. tau is the number of tokens",
+    ]
+    lines += ["committed per target pass with a chain of drafts, bonus token included.", ""]
+    depths = list(next(iter(sets.values())).get("chain", {}))
+    lines += ["| prompts | " + " | ".join(f"tau, depth {d}" for d in depths) + " | repeated 4-grams | ended | tokens |"]
+    lines += ["|---" * (len(depths) + 4) + "|"]
+    for name, s in sets.items():
+        taus = " | ".join(f"{s['chain'][d]['tau']:.2f}" for d in depths)
+        rest = f"{s['repeated_4grams']:.1%} | {s['ended']:.0%} | {s['mean_tokens']}"
+        lines.append(f"| {name} ({s['prompts']}) | {taus} | {rest} |")
+    return "\n".join([*lines, "", *_survival(sets), ""])
+
+
+def _survival(sets: Mapping[str, Any]) -> list[str]:
+    lines = ["Share of rounds in which the draft at each position of the deepest chain was accepted:", ""]
+    for name, s in sets.items():
+        deepest = list(s["chain"].values())[-1]
+        lines.append(f"- {name}: {', '.join(f'{x:.2f}' for x in deepest['survival'])}")
+    return lines
+
+
+def _losses(results: Results) -> str:
+    target, head = results.get("target", {}), results.get("eagle3", {})
+    lines = ["## Losses", ""]
+    for name, curve in target.get("phases", {}).items():
+        losses = [row["loss"] for row in curve if "loss" in row]
+        if losses:
+            lines.append(f"- {name}: {losses[0]:.2f} to {losses[-1]:.2f} in {curve[-1]['step']} steps")
+    if head.get("curve"):
+        curve = head["curve"]
+        lines.append(f"- eagle3: {curve[0]['loss']:.2f} to {curve[-1]['loss']:.2f} in {curve[-1]['step']} steps")
+    if target.get("heldout_loss"):
+        each = ", ".join(f"{name} {loss:.2f}" for name, loss in target["heldout_loss"].items())
+        lines += ["", f"Held-out documents, nats per token: {each}."]
+    return "\n".join([*lines, ""])
+
+
+def _commands(recipe: Recipe, results: Results) -> str:
+    times = {stage: result["seconds"] for stage, result in results.items() if "seconds" in result}
+    device = results.get("target", {}).get("device", "")
+    spent = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in times.items())
+    return f"""## How it was made
+
+```
+python -m speculator.train {recipe.name} --data CORPORA --prompts PROMPTS --out {recipe.name}
+```
+
+on {device}. Seconds: {spent}.
+The recipe holds every number. {recipe.heldout_percent} % of the documents of each source were held out; the
+evaluation prompts and texts that share a 13-word sequence with them are not in the data.
+"""
+
+
+def _sources(recipe: Recipe, data: Path) -> str:
+    manifest = data / "manifest.json"
+    if not manifest.exists():
+        return ""
+    used = set().union(*(phase.weights for phase in recipe.phases))
+    lines = ["## Data and licences", "", "| source | licence | from |", "|---|---|---|"]
+    for name, entry in json.loads(manifest.read_text(encoding="utf-8")).items():
+        if name in used:
+            lines.append(f"| {name} | {entry['license']} | {entry['source']} |")
+    return "\n".join([*lines, "", ATTRIBUTION])
+
+
+ATTRIBUTION = """OpenStax textbooks: access for free at openstax.org (CC BY 4.0). Open English WordNet and Princeton
+WordNet. MedQuAD (Ben Abacha and Demner-Fushman, 2019). African Storybook and Pratham Books stories under CC BY, by
+their authors. tldr-pages (CC BY 4.0). MBPP, official training split (CC BY 4.0). GSM8K, training split (MIT).
+The weights are released under Apache-2.0; attribute the sources above when you pass them on.
+"""

@@ -1,0 +1,95 @@
+"""Writes continuations of many prompts at once, with a dense cache, for training and measuring.
+
+Owns: batched plain decoding. Must never know drafting; serving has its own engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speculator.train.tokenizer import END, PAD
+from target.llama import Llama
+
+CHECK_EVERY = 16  # steps between looks at whether all rows have ended
+
+
+class DenseCache:
+    """Keys and values [layers, 2, rows, kv_heads, length, dim] of rows that all stand at the same position."""
+
+    def __init__(self, model: Llama, rows: int, length: int) -> None:
+        config, weight = model.config, model.embed.weight
+        shape = (config.num_layers, 2, rows, config.num_kv_heads, length, config.head_dim)
+        self.store = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.at = 0  # tokens stored before the running pass
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """A first pass of any length, then passes of one token."""
+        rows, length, heads, dim = q.shape
+        store, end = self.store[layer], self.at + length
+        store[0, :, :, self.at : end] = k.transpose(1, 2)
+        store[1, :, :, self.at : end] = v.transpose(1, 2)
+        keys, values = store[0, :, :, :end], store[1, :, :, :end]
+        if length > 1:
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, is_causal=True, enable_gqa=True)
+            return out.transpose(1, 2)
+        grouped = q.view(rows, k.shape[2], heads // k.shape[2], dim)
+        return F.scaled_dot_product_attention(grouped, keys, values).reshape(rows, 1, heads, dim)
+
+
+def choose(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> Tensor:
+    """logits [R, V], temperature [R] (0 is greedy) -> tokens [R]."""
+    noise = -torch.empty_like(logits).exponential_(generator=generator).clamp_min(1e-20).log()
+    return (logits + noise * temperature[:, None]).argmax(-1)
+
+
+@torch.no_grad()
+def decode(
+    model: Llama, prompts: Sequence[Sequence[int]], new_tokens: int, temperature: Tensor, generator: torch.Generator
+) -> list[list[int]]:
+    """Continuations of at most `new_tokens`, each ending with <|end|> when the model said so.
+
+    `temperature` [rows] and `generator` live on the model's device. Prompts of about one length waste least.
+    """
+    device = model.embed.weight.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    longest, first = max(map(len, prompts)), min(map(len, prompts))
+    tokens = torch.full((len(prompts), longest + new_tokens), PAD, device=device)
+    tokens[:, :longest] = torch.tensor([[*p, *[PAD] * (longest - len(p))] for p in prompts], device=device)
+    cache = DenseCache(model, len(prompts), longest + new_tokens)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    passed = tokens[:, :first]
+    for at in range(first, longest + new_tokens):
+        final = model(passed, torch.arange(cache.at, at, device=device).expand_as(passed), cache.attend).final
+        cache.at = at
+        chosen = choose(model.logits(final[:, -1]).float(), temperature, generator)
+        own = lengths <= at
+        tokens[:, at] = torch.where(own, chosen, tokens[:, at])
+        ended |= own & ((chosen == END) | (at + 1 >= lengths + new_tokens))
+        if at % CHECK_EVERY == 0 and bool(ended.all()):
+            break
+        passed = tokens[:, at : at + 1]
+    return [_cut(row[len(p) : len(p) + new_tokens]) for row, p in zip(tokens.tolist(), prompts, strict=True)]
+
+
+def _cut(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(END) + 1] if END in tokens else tokens
+
+
+def decode_sorted(
+    model: Llama, prompts: Sequence[Sequence[int]], new_tokens: int, temperatures: Sequence[float], rows: int, seed: int
+) -> list[list[int]]:
+    """`decode` in batches of prompts of similar length; answers in the order of the prompts."""
+    device = model.embed.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), rows):
+        some = order[start : start + rows]
+        heat = torch.tensor([temperatures[i] for i in some], device=device)
+        for i, answer in zip(some, decode(model, [prompts[i] for i in some], new_tokens, heat, generator), strict=True):
+            answers[i] = answer
+    return answers

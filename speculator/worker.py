@@ -1,0 +1,143 @@
+"""The one thread that owns the device.
+
+Owns: the engine, the scheduler and the inbox between them and the event loop. Must never know gRPC or protobuf, and
+never touch the event loop but to hand it a batch of answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from speculator.answers import Answer
+from speculator.errors import EngineFailedError, SpeculatorError
+from speculator.scheduler import Scheduler
+from speculator.session import Job
+from speculator.totals import Totals
+from speculator.types import EngineInfo, SamplingParams, Step, StepResult, StepTimes
+
+log = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 0.25
+
+Outcome = StepResult | SpeculatorError
+Delivery = tuple[Job, Answer | SpeculatorError]
+
+
+class EngineLike(Protocol):
+    """What the service needs of an engine; see Engine for the meaning of each part."""
+
+    info: EngineInfo
+    times: StepTimes
+
+    def open(self, row: int, sampling: SamplingParams, speculate: bool) -> None: ...
+
+    def close(self, row: int) -> None: ...
+
+    def step(self, steps: Sequence[Step]) -> list[StepResult]: ...
+
+
+class Worker:
+    """Runs engine steps on its own thread.
+
+    `deliver` is called on that thread with all answers of one engine step; `failed` once if the thread cannot go on.
+    `post`, `stop` and `leftovers` belong to the one thread that uses the worker.
+    """
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        deliver: Callable[[list[Delivery]], None],
+        failed: Callable[[BaseException], None],
+        *,
+        idle_timeout: float = 600.0,
+        totals: Totals | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = Scheduler(engine.info, engine, idle_timeout=idle_timeout, totals=totals, clock=clock)
+        self._engine = engine
+        self._deliver = deliver
+        self._failed = failed
+        self._clock = clock
+        self._inbox: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
+        self._alive = True
+        self._swept = clock()
+        self._thread = threading.Thread(target=self._main, name="speculator-device", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, act: Callable[..., Any], *args: Any) -> None:
+        """Runs `act(*args)` on the worker's thread, between two engine steps."""
+        self._inbox.put((act, args))
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Lets the running step end, then ends the thread."""
+        self.post(self._end)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def leftovers(self) -> list[Delivery]:
+        """Answers, all errors, of what the thread left undone when it ended."""
+        while not self._inbox.empty():
+            act, args = self._inbox.get()
+            act(*args)
+        self.scheduler.fail_all(EngineFailedError("the engine has stopped"))
+        return self.scheduler.take_answers()
+
+    def _end(self) -> None:
+        self._alive = False
+
+    def _main(self) -> None:
+        try:
+            while self._alive:
+                self._turn()
+        except BaseException as error:
+            log.exception("the device thread cannot go on")
+            self._failed(error)
+
+    def _turn(self) -> None:
+        self._take()
+        steps = self.scheduler.next_steps()
+        if steps:
+            self.scheduler.complete(self._run(steps), self._engine.times)
+        if self.scheduler.now - self._swept >= SWEEP_SECONDS:
+            self._swept = self.scheduler.now
+            self.scheduler.sweep()
+        answers = self.scheduler.take_answers()
+        if answers:
+            self._deliver(answers)
+            self.scheduler.settle()
+
+    def _take(self) -> None:
+        """Empties the inbox; waits for the first entry when there is nothing else to do."""
+        inbox = self._inbox
+        if not self.scheduler.ready:
+            try:
+                act, args = inbox.get(timeout=SWEEP_SECONDS)
+            except Empty:
+                return
+            act(*args)
+        while not inbox.empty():
+            act, args = inbox.get()
+            act(*args)
+
+    def _run(self, steps: Sequence[Step]) -> Sequence[Outcome]:
+        """One engine step. When it fails, each part runs once more alone, so that only the bad ones fail."""
+        try:
+            return self._engine.step(steps)
+        except Exception as error:  # noqa: BLE001 - whatever a device throws, the others go on
+            if len(steps) == 1:
+                return [_as_error(error)]
+        return [self._run([step])[0] for step in steps]
+
+
+def _as_error(error: Exception) -> SpeculatorError:
+    if isinstance(error, SpeculatorError):
+        return error
+    log.error("an engine step failed", exc_info=error)
+    return EngineFailedError(f"the engine step failed: {type(error).__name__}")

@@ -1,0 +1,1 @@
+"""Attention backends: what a pass prepares (`plan`) and what runs inside it (`run`)."""

@@ -1,0 +1,84 @@
+"""Recipes, schedules, repetition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from speculator.train.optim import Budget, Muon, curve, orthogonalise
+from speculator.train.recipe import Learning, RecipeError, bundled_recipe, load_recipe, scale_time
+from speculator.train.repetition import repeated, repeated_share
+
+
+@pytest.mark.parametrize("name", ["nano-en", "pilot", "toy"])
+def test_bundled_recipes_load(name: str) -> None:
+    recipe = load_recipe(bundled_recipe(name))
+    assert recipe.name == name and recipe.phases and recipe.taps
+    assert scale_time(recipe, 0.5).phases[0].seconds == recipe.phases[0].seconds / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("vocab_size = 512", "vocab_size = 'x'"), "vocab_size must be int"),
+        (("vocab_size = 512", "vocab = 512"), "unknown keys vocab"),
+        (("vocab_size = 512", ""), "missing keys vocab_size"),
+        (("seed = 1", "seed = "), "not valid TOML"),
+    ],
+)
+def test_a_wrong_recipe_names_the_key(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+    text = bundled_recipe("toy").read_text("utf-8").replace(*change)
+    (tmp_path / "r.toml").write_text(text, "utf-8")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "r.toml")
+
+
+def test_a_budget_ends_by_steps_or_by_time() -> None:
+    now = [0.0]
+    budget = Budget(100, 10.0, settle=2, clock=lambda: now[0])
+    now[0] = 6.0  # compilation
+    assert budget.progress(1) == 0.01
+    assert budget.progress(2) == 0.02
+    now[0] = 8.0
+    assert budget.progress(3) == 0.5
+    assert budget.progress(90) == 0.9
+    now[0] = 10.5
+    assert budget.progress(4) == 1.0
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_curve_rises_then_falls_to_its_end(cosine: bool) -> None:
+    learning = Learning(warmup=0.1, final=0.2, cosine=cosine)
+    values = [curve(p / 100, learning) for p in range(101)]
+    assert values[:11] == sorted(values[:11]) and values[10:] == sorted(values[10:], reverse=True)
+    assert values[10] == pytest.approx(1.0) and values[-1] == pytest.approx(0.2)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    x = torch.randn(3, 24, 8, generator=torch.Generator().manual_seed(0))
+    for matrices in (x, x.mT):
+        values = torch.linalg.svdvals(orthogonalise(matrices, steps=7))
+        assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_muon_descends() -> None:
+    goal = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    weight = torch.zeros(6, 6, requires_grad=True)
+    optimizer = Muon([weight], lr=0.1)
+    losses = []
+    for _ in range(60):
+        loss = (weight - goal).square().sum()
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] / 5
+
+
+def test_repetition() -> None:
+    assert repeated([1, 2, 3, 4, 1, 2, 3, 4, 5]) == [False] * 7 + [True, False]
+    assert repeated_share([[7] * 10]) == pytest.approx(6 / 7)
+    assert repeated_share([list(range(20)), list(range(20))]) == 0.0  # texts are compared with themselves only
+    assert repeated_share([[1, 2]]) == 0.0
