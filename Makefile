@@ -1,7 +1,7 @@
 # The verbs a person types and CI calls. `demo` and `test` install what they need on the first run.
 #   make test ARGS="-k sampling"                 passes arguments on
 #   make setup PYTHON=python3.12                 another interpreter
-#   make setup TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"    the small CPU build of torch from PyTorch's own index
+#   make setup TORCH_ARGS="--index-url URL"      another index for torch: PyTorch's install page names that of the small CPU builds
 #   make setup TORCH=torch==2.11.0               another torch
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

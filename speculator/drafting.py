@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speculator.heads.base import DraftHead
-from speculator.sampling import RowSampling, Stream, coupled_sample, fold, gumbel, scores
+from speculator.sampling import RowSampling, Stream, coupled_sample, draft_sample, gumbel, scores
 from speculator.tree import StaticLevel, TreeGrowth, static_levels
 from speculator.types import DraftShape
 from target.attention.base import bind
@@ -85,17 +85,16 @@ class Expansion:
         """Outputs [R, k, H] -> unnormalised log q [R, k, Vd] under the rows' temperature and filters."""
         return scores(self.head.logits(outputs), self.sampling, None)
 
-    def counter(self, rows: int, count: int, level: int) -> Tensor:
-        """[R, k] absolute position of tokens of depth `level`."""
-        return (self.start.context + level)[:, None].expand(rows, count)
+    def counter(self, values: Tensor, level: int) -> Tensor:
+        """[R, k] absolute positions of tokens of depth `level`, one for each of values [R, k, Vd]."""
+        return (self.start.context + level)[:, None].expand(values.shape[:2])
 
     def draw(self, values: Tensor, level: int) -> Tensor:
         """One draft id [R, 1] from values [R, 1, Vd]."""
-        counter = self.counter(*values.shape[:2], level)
-        if self.start.coupled or self.sampling.all_greedy:
+        counter = self.counter(values, level)
+        if self.start.coupled:
             return coupled_sample(values, self.sampling, counter, ids=self.ids)
-        noise = gumbel(fold(self.sampling.seed, self.start.context + 1), counter, Stream.DRAFT, self.ids)
-        return (values + noise * (self.sampling.temperature > 0)[:, None, None]).argmax(-1)
+        return draft_sample(values, self.sampling, self.start.context + 1, counter, self.ids)
 
     def ranked(self, outputs: Tensor, level: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k best continuations of each node: target ids, ranking log-scores and log q, each [R, nodes, k].
@@ -107,15 +106,15 @@ class Expansion:
         logq = values.log_softmax(-1)
         score = logq
         if self.start.coupled and not self.sampling.all_greedy:
-            counter = self.counter(*values.shape[:2], level)
-            noise = gumbel(self.sampling.seed, counter, Stream.TARGET, self.ids)
+            noise = gumbel(self.sampling.seed, self.counter(values, level), Stream.TARGET, self.ids)
             score = (logq + noise * (self.sampling.temperature > 0)[:, None, None]).log_softmax(-1)
         best, ids = score.topk(k, dim=-1)
         return self.ids[ids], best, logq.gather(-1, ids)
 
 
 def _chain(expand: Expansion, depth: int) -> Drafted:
-    output, tokens, logprobs, distributions = expand.root(), [], [], []
+    output = expand.root()
+    tokens, logprobs, distributions = list[Tensor](), list[Tensor](), list[Tensor]()
     sampled = not (expand.start.coupled or expand.sampling.all_greedy)
     for level in range(1, depth + 1):
         if level > 1:

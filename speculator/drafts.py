@@ -99,9 +99,9 @@ def check_shape(shape: DraftShape, rule: Rule, info: EngineInfo) -> None:
     nodes = len(shape.parents) or shape.nodes or shape.depth
     _at_most(nodes, info.max_nodes, "draft.max_nodes", "drafted nodes")
     _at_most(shape.branching, info.max_branching, "draft.branching", "children of a node")
-    if (shape.depth - 1) * shape.branching > MASK_BITS and shape.branching > 1:
+    if (shape.depth - 2) * shape.branching > MASK_BITS and shape.branching > 1:
         raise InvalidArgumentError(
-            f"a dynamic tree needs (max_depth - 1) * branching <= {MASK_BITS}, got ({shape.depth} - 1) * "
+            f"a dynamic tree needs (max_depth - 2) * branching <= {MASK_BITS}, got ({shape.depth} - 2) * "
             f"{shape.branching}",
             field="draft.branching",
         )

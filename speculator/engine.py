@@ -8,35 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from speculator import drafting
-from speculator.errors import EngineFailedError, NumericalError, SpeculatorError
+from speculator.errors import EngineFailedError, SpeculatorError
 from speculator.heads.base import DraftHead
+from speculator.results import Committed, collect
 from speculator.rows import Rows
 from speculator.sampling import RowSampling, coupled_sample, scores, upload
 from speculator.tree import Tree, compaction, pack, seen_tokens
-from speculator.types import Draft, DraftShape, EngineInfo, Feed, Rule, SamplingParams, Step, StepResult, StepTimes
+from speculator.types import DraftShape, EngineInfo, Feed, Rule, SamplingParams, Step, StepResult, StepTimes
 from speculator.verify import DraftQ, Verdict, verify
 from target.attention.base import bind
 from target.attention.sdpa import SdpaAttention
 from target.batch import Batch, causal_positions
 from target.cache import PagedCache
 from target.llama import Hidden, Llama
-
-
-class Committed(NamedTuple):
-    """What one part of a step decided, still on the device."""
-
-    steps: Sequence[int]  # indices into the step list
-    tokens: Tensor  # [R, D] int64
-    kept: Tensor  # [R] int64 valid tokens
-    path: Tensor  # [R, D] int64 nodes: the root, then the accepted ones
-    logprobs: Tensor  # [R, D] float32
-    finite: Tensor  # [R] bool
 
 
 class Engine:
@@ -79,7 +68,7 @@ class Engine:
         committed += [self._verify(steps, rounds)] if rounds else []
         verified = time.perf_counter()
         drafted = [self._propose(steps, group) for group in self._groups(steps)]
-        results = _collect(steps, committed, drafted)
+        results = collect(steps, committed, drafted)
         self.times = StepTimes(fed - start, verified - fed, time.perf_counter() - verified)
         return results
 
@@ -182,8 +171,8 @@ class Engine:
             picked = [i for i, r in enumerate(rules) if r is rule]
             index = self._ints(picked)
             # chains that share a batch with trees are packed as trees
-            chains = all(chosen[i].draft is None or chosen[i].draft.is_chain for i in picked)
-            part = tree.select(index, chain=chains)
+            drafts = [chosen[i].draft for i in picked]
+            part = tree.select(index, chain=all(d is None or d.is_chain for d in drafts))
             judged = self._judge_rule(rule, [chosen[i] for i in picked], part, logits[index], rows[index])
             for field, values in zip(whole, judged, strict=True):
                 field[index] = values
@@ -198,19 +187,9 @@ class Engine:
 
     def _draft_q(self, chosen: Sequence[Step], tree: Tree) -> DraftQ | None:
         """What the drafts were drawn from: the client's own q, or the q kept of our draft; else point masses."""
-        drafts = [s.draft or Draft() for s in chosen]
-        width, vocab = tree.tokens.shape[1], self.info.vocab_size
-        client = DraftQ.from_drafts(drafts, width, vocab, self.device)
-        kept = {i: self.rows.q(s.row, d.draft_id) for i, (s, d) in enumerate(zip(chosen, drafts, strict=True)) if d.draft_id}
-        ours = {i: q for i, q in kept.items() if q is not None}
-        if not ours:
-            return client
-        if client is None:
-            ones = torch.zeros(len(chosen), width, vocab, dtype=torch.float64, device=self.device)
-            client = DraftQ(ones.scatter_(-1, tree.tokens[..., None], 1.0), _most_siblings(drafts))
-        for i, q in ours.items():
-            client.probs[i, 1 : 1 + q.shape[0]] = q
-        return client
+        held = [self.rows.q(s.row, s.draft.draft_id) if s.draft and s.draft.draft_id else None for s in chosen]
+        drafts = [s.draft for s in chosen]
+        return DraftQ.from_drafts(drafts, tree.tokens.shape[1], self.info.vocab_size, self.device, held)
 
     def _keep_path(self, batch: Batch, verdict: Verdict) -> None:
         """Move the accepted nodes' keys and values next to the committed ones; the rest is forgotten."""
@@ -224,10 +203,8 @@ class Engine:
         taps = self.head.taps if self.head else ()
         return self.model(batch.tokens, batch.positions, bind(self.attention, batch), taps)  # type: ignore[no-any-return]
 
-    def _catch_up(
-        self, chosen: Sequence[Step], batch: Batch, hidden: Hidden, following: Tensor, rows: Tensor
-    ) -> None:
-        """Run the head over rows (feature t, token t + 1) and keep its last output; rows without speculation sit out."""
+    def _catch_up(self, chosen: Sequence[Step], batch: Batch, hidden: Hidden, following: Tensor, rows: Tensor) -> None:
+        """Run the head over rows (feature t, token t + 1) and keep its last output; plain rows sit out."""
         if self.head is None:
             return
         features = self.head.features(hidden)
@@ -303,51 +280,12 @@ def _shifted(tokens: Tensor, counts: Tensor, following: Tensor) -> Tensor:
 
 
 def _rows_of(batch: Batch, index: Tensor) -> Batch:
-    tensors = {k: v[index] for k, v in batch._asdict().items() if isinstance(v, Tensor)}
-    return batch._replace(**tensors)
+    ancestors = None if batch.ancestors is None else batch.ancestors[index]
+    rows = (batch.tokens[index], batch.positions[index], batch.context[index], batch.counts[index], batch.pages[index])
+    return Batch(*rows, ancestors, batch.offset, batch.longest)
 
 
 def _committed_batch(batch: Batch, tokens: Tensor, kept: Tensor) -> Batch:
     """The head's pass over an accepted path of `kept` [R] of `tokens` [R, D]."""
     positions = causal_positions(batch.context, tokens.shape[1])
     return batch._replace(tokens=tokens, positions=positions, counts=kept, ancestors=None)
-
-
-def _most_siblings(drafts: Sequence[Draft]) -> int:
-    return max((d.parents.count(p) for d in drafts for p in set(d.parents)), default=1)
-
-
-def _collect(
-    steps: Sequence[Step], committed: Sequence[Committed], drafted: Sequence[drafting.Drafted]
-) -> list[StepResult]:
-    """The one transfer: read every result back and hand out plain values."""
-    device = [t for c in committed for t in (c.tokens, c.kept, c.path, c.logprobs, c.finite)]
-    device += [t for d in drafted for t in (d.tokens, d.parents, d.logprobs)]
-    host = iter(_download(device))
-    results = [StepResult() for _ in steps]
-    for part in committed:
-        tokens, kept, path, logprobs, finite = (next(host) for _ in range(5))
-        if not all(finite):
-            raise NumericalError("the target produced NaN or infinite values; nothing was committed")
-        for row, i in enumerate(part.steps):
-            n = kept[row]
-            nodes = tuple(node - 1 for node in path[row][1:n])
-            results[i] = StepResult(tuple(tokens[row][:n]), tuple(logprobs[row][:n]), nodes)
-    for part in drafted:
-        tokens, parents, logprobs = (next(host) for _ in range(3))
-        for row, i in enumerate(part.steps):
-            draft = Draft(tuple(tokens[row]), tuple(parents[row]), tuple(logprobs[row]), draft_id=part.ids[row])
-            results[i] = results[i]._replace(draft=draft)
-    return results
-
-
-def _download(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    """Nested lists of the tensors; from a GPU in one copy."""
-    if not tensors or tensors[0].device.type == "cpu":
-        return [t.tolist() for t in tensors]
-    flat = [(t.double().view(torch.int64) if t.is_floating_point() else t.long()).flatten() for t in tensors]
-    pieces = torch.cat(flat).cpu().split([t.numel() for t in tensors])
-    return [
-        (p.view(torch.float64) if t.is_floating_point() else p).view(t.shape).tolist()
-        for p, t in zip(pieces, tensors, strict=True)
-    ]

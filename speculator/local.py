@@ -1,7 +1,7 @@
 """One sequence through an engine in this process: no scheduler, no server.
 
-Owns: the simplest correct loop over `Engine.step`, for benches, probes and scripts. Must never be used beside a worker on
-the same engine.
+Owns: the simplest correct loop over `Engine.step`, for benches, probes and scripts. Must never be used beside a worker
+on the same engine.
 """
 
 from __future__ import annotations

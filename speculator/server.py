@@ -62,6 +62,7 @@ MINIMUM_CLIENT_REVISION = 1
 SERVICES = ("speculator.v1.DrafterService", "speculator.v1.AdminService")
 LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop
 MAX_PAGE = 500
+LINGER = 0.1  # seconds of saying why, before the listener goes: a call caught by that hears no reason
 Message = TypeVar("Message")
 
 
@@ -109,7 +110,7 @@ class Drafter(drafter_pb2_grpc.DrafterServiceServicer):
         answer = await self._core.ask(extend_job(request, self._callers.owner(context), _deadline(context)))
         return self._filled(pb.ExtendResponse(), fill_extended, answer, request)
 
-    def _filled(self, message: Message, fill: Callable[[Any, Any, Any, About], None], *parts: Any) -> Message:
+    def _filled(self, message: Message, fill: Callable[..., None], *parts: Any) -> Message:
         fill(message, *parts, self._about)
         return message
 
@@ -377,7 +378,7 @@ class Server:
             raise ConfigError(f"cannot serve metrics on port {self._config.metrics_port}: {error}") from error
         self.metrics_port = self._metrics.port
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    async def _set_health(self, status: int) -> None:
         for name in ("", *SERVICES):
             await self._health.set(name, status)
 
@@ -400,6 +401,7 @@ class Server:
         await self._until_idle(grace)
         self._core.close()
         await self._core.quiet()
+        await asyncio.sleep(LINGER)
         await self.stop(1.0)
 
     async def _until_idle(self, grace: float) -> None:

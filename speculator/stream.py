@@ -7,6 +7,7 @@ anything about a session, nor end the stream because an item failed.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections import deque
@@ -34,6 +35,8 @@ from speculator.translate import (
     verify_job,
 )
 from speculator.v1 import drafter_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 MAX_OPEN = 1024  # items under way and answers not yet written, from which on requests are left unread
 
@@ -76,7 +79,7 @@ class DraftStream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._out: deque[pb.DraftResponse] = deque()
         self._wake: asyncio.Future[None] | None = None
-        self._room = asyncio.Event()
+        self._room: asyncio.Future[None] | None = None  # set while requests are left unread
         self._read_all = False
         self._ended: asyncio.Future[None] = self._loop.create_future()
 
@@ -90,9 +93,16 @@ class DraftStream:
             for task in [*parts, *self._tasks]:
                 task.cancel()
             for line in self._lines.values():
-                self._cancel(line[0])
+                self._abandon(line)
             if not self._ended.cancel():
                 self._ended.exception()  # heard of, even when the stream ended for another reason
+
+    def _abandon(self, line: deque[Item]) -> None:
+        for item in line:
+            item.answered = True
+            if item.timer is not None:
+                item.timer.cancel()
+        self._cancel(line[0])
 
     def end(self, error: SpeculatorError) -> None:
         """Ends the whole stream with `error`."""
@@ -102,9 +112,7 @@ class DraftStream:
     def send(self, response: pb.DraftResponse) -> None:
         """Writes a message when its turn comes."""
         self._out.append(response)
-        wake = self._wake
-        if wake is not None and not wake.done():
-            wake.set_result(None)
+        _wake_up(self._wake)
 
     # ---- reading ----
 
@@ -117,12 +125,13 @@ class DraftStream:
                     return
                 self._take(request)
                 while len(self._out) + self._open >= MAX_OPEN:
-                    self._room.clear()
-                    await self._room.wait()
+                    self._room = self._loop.create_future()
+                    await self._room
+        except Exception:
+            log.exception("a stream cannot be read on")
         finally:
             self._read_all = True
-            if self._wake is not None and not self._wake.done():
-                self._wake.set_result(None)
+            _wake_up(self._wake)
 
     def _take(self, request: pb.DraftRequest) -> None:
         kind = request.WhichOneof("request")
@@ -139,8 +148,8 @@ class DraftStream:
         if line is not None:
             line.append(item)
             return
-        self._lines[item.key] = deque((item,))
-        self._start(item)
+        self._lines[item.key] = line = deque((item,))
+        self._start_first(line)
 
     def _set_timer(self, item: Item, seconds: float) -> None:
         item.deadline = time.monotonic() + seconds
@@ -157,17 +166,28 @@ class DraftStream:
 
     # ---- items ----
 
+    def _start_first(self, line: deque[Item]) -> None:
+        """Starts the first item of a line that can be started; those that cannot are answered on the way."""
+        while line:
+            item = line[0]
+            try:
+                if not item.answered:
+                    self._start(item)
+                    return
+            except SpeculatorError as error:
+                self._answer(item, error)
+            line.popleft()
+            self._open -= 1
+        del self._lines[item.key]
+
     def _start(self, item: Item) -> None:
         make = JOBS.get(item.kind)
-        if make is None:
-            task = self._loop.create_task(self._attempt(item))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            return
-        try:
+        if make is not None:
             self._submit(item, make(item.body, self._owner, item.deadline))
-        except SpeculatorError as error:
-            self._finish(item, error)
+            return
+        task = self._loop.create_task(self._attempt(item))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _submit(self, item: Item, job: Job) -> None:
         item.job = job
@@ -179,6 +199,9 @@ class DraftStream:
             await SLOW[item.kind](self, item)
         except SpeculatorError as error:
             self._finish(item, error)
+        except Exception:
+            log.exception("an item failed")
+            self._finish(item, SpeculatorError("internal error"))
 
     async def _create(self, item: Item) -> None:
         spec = await self._specs(item.body, self._owner)
@@ -189,12 +212,12 @@ class DraftStream:
 
     def _finish(self, item: Item, answer: Answer | Acceptance | SpeculatorError | None) -> None:
         """The worker has let go of the item: answer it, then start the next one of its session."""
-        self._open -= 1
         self._answer(item, answer)
+        self._open -= 1
         line = self._lines[item.key]
         line.popleft()
         if line:
-            self._start(line[0])
+            self._start_first(line)
         else:
             del self._lines[item.key]
 
@@ -221,11 +244,16 @@ class DraftStream:
         while True:
             while out:
                 await write(out.popleft())
-                self._room.set()
+                _wake_up(self._room)
             if self._read_all and not self._open:
                 return
             self._wake = self._loop.create_future()
             await self._wake
+
+
+def _wake_up(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
 
 
 JOBS: dict[str, Callable[[Any, str, float], Job]] = {

@@ -167,13 +167,13 @@ def propose_job(body: pb.ProposeRequest, owner: str, deadline: float = math.inf)
 
 def verify_job(body: pb.VerifyRequest, owner: str, deadline: float = math.inf) -> Job:
     """Raises InvalidArgumentError when the request names no draft, InvalidTreeError when its parts do not fit."""
-    draft = None
-    if not body.HasField("draft_id"):
+    draft, draft_id = None, body.draft_id
+    if not draft_id and body.WhichOneof("draft") != "draft_id":
         if not body.HasField("tree"):
             raise InvalidArgumentError("give draft_id or tree; an empty tree commits one token", field="draft")
         draft = draft_of(body.tree)
     shape = shape_of(body.propose_next) if body.HasField("propose_next") else None
-    return Job(Kind.VERIFY, body.session_id, owner, deadline, body.base_length, draft, body.draft_id, shape)
+    return Job(Kind.VERIFY, body.session_id, owner, deadline, body.base_length, draft, draft_id, shape)
 
 
 def extend_job(body: pb.ExtendRequest, owner: str, deadline: float = math.inf) -> Job:

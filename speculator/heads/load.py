@@ -21,7 +21,6 @@ from speculator.heads.formats import HeadFile, read_head
 from speculator.heads.reading import TargetFacts
 from speculator.heads.record import HeadRecord
 from target.llama import Llama
-from target.rope import Rope
 from target.weights import Progress, fill
 
 log = logging.getLogger("speculator.heads")
@@ -52,7 +51,6 @@ def load_head(
     with torch.device("meta"):
         head = build_head(file.record, target)
     head = head.to(dtype).to_empty(device=device)
-    head.rope = Rope(file.record.rope, file.record.head_dim).to(device)  # again, in float32
     head.target_ids = None if file.target_ids is None else file.target_ids.to(device)
     with checkpoint_errors(folder):
         fill(head, file.slots, _fitting(file), folder, progress)

@@ -7,18 +7,17 @@ phases.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
 from speculator.heads.eagle3 import Eagle3Head
 from speculator.train.data import Document, Stream
-from speculator.train.eagle3 import HeadData, head_loss
+from speculator.train.eagle3 import HeadData, Rows, head_loss
 from speculator.train.optim import Optimizers
 from speculator.train.recipe import Companion, Head
 from target.llama import Llama
-
 
 GAIN = 0.02  # an agreement that is 0.1 short doubles the weight in 350 steps
 
@@ -40,8 +39,8 @@ class CompanionTrainer:
         self._loss = self._compiled()
         self.last = self._none
 
-    def _compiled(self):  # type: ignore[no-untyped-def]
-        def loss(rows):  # type: ignore[no-untyped-def]
+    def _compiled(self) -> Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]:
+        def loss(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
             total, agreement = head_loss(self.head, self.model, rows, self._shape, self._none, joint=True)
             return total / self._shape.unroll, agreement
 

@@ -7,6 +7,7 @@ of token t with token t + 1, step j reads token t + 1 + j at position t + j. Mus
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from speculator.heads.base import TargetWeights
 from speculator.heads.eagle3 import Eagle3Head
+from speculator.heads.load import load_head
 from speculator.heads.record import HeadRecord
 from speculator.train.data import ANSWER, Document, pack
 from speculator.train.optim import Budget, Optimizers
 from speculator.train.recipe import Head
 from speculator.train.report import Log
 from target.llama import Hidden, Llama, init_weights
-
 
 HIDDEN = -1e30  # a score that softmax turns into 0; with -inf, torch 2.11 compiles a backward pass that gives NaN
 
@@ -187,6 +188,13 @@ def _start_from_target(head: Eagle3Head, model: Llama) -> None:
     head.norm.weight.copy_(model.norm.weight)
     width = model.config.hidden_size
     head.fc.weight[:, -width:] += torch.eye(width)
+
+
+def load_eagle3(folder: Path, model: Llama) -> Eagle3Head:
+    """A trained head from its folder, in the target's dtype and on its device."""
+    head = load_head(folder, model, model.embed.weight.dtype, model.embed.weight.device)
+    assert isinstance(head, Eagle3Head)
+    return head
 
 
 class HeadData:

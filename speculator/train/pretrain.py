@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from speculator.train.companion import CompanionTrainer
 from speculator.train.data import ANSWER, QUESTION, REPEATED, Mixture, Stream
@@ -119,6 +119,13 @@ def train_phase(
                 log(step, loss=last, progress=progress, tokens=step * phase.rows * phase.length, **agree)
     log(step, loss=float(value.detach()), progress=1.0, tokens=step * phase.rows * phase.length)
     return log.rows
+
+
+@torch.no_grad()
+def round_weights(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Make float32 parameters hold what the saved half-precision ones will: what is served is what is measured."""
+    for parameter in module.parameters():
+        parameter.copy_(parameter.to(dtype))
 
 
 @torch.no_grad()

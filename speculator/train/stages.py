@@ -15,14 +15,22 @@ from typing import Any
 
 import torch
 
+from speculator.heads.save import save_head
 from speculator.train.answers import choose_prompts, load_written, save_written, write_all
 from speculator.train.card import write_cards
 from speculator.train.companion import CompanionTrainer
 from speculator.train.data import Stream, build_streams, load_streams, sample_texts, save_stream, source_files
-from speculator.train.eagle3 import HeadData, new_head, train_head
+from speculator.train.eagle3 import HeadData, load_eagle3, new_head, train_head
 from speculator.train.evaluate import evaluate
-from speculator.train.export import load_eagle3, round_weights, save_eagle3
-from speculator.train.pretrain import Loss, heldout_losses, make_loss, new_target, target_config, train_phase
+from speculator.train.pretrain import (
+    Loss,
+    heldout_losses,
+    make_loss,
+    new_target,
+    round_weights,
+    target_config,
+    train_phase,
+)
 from speculator.train.recipe import Recipe, RecipeError
 from speculator.train.refine import refine
 from speculator.train.report import read_results, write_json
@@ -173,7 +181,7 @@ def train_eagle3(run: Run) -> dict[str, Any]:
     if (run.cache / "companion.pt").exists():
         head.load_state_dict(torch.load(run.cache / "companion.pt", map_location=run.device, weights_only=True))
     curve = train_head(head, model, data, recipe)
-    save_eagle3(head, run.out / "eagle3")
+    save_head(head, run.out / "eagle3")
     return {"parameters": sum(p.numel() for p in head.parameters()), "tokens": data.tokens, "curve": curve}
 
 

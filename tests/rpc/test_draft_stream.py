@@ -286,3 +286,44 @@ async def test_a_slow_reader_is_not_buffered_without_bound(monkeypatch: pytest.M
             heard += 1
         await flooding
         call.cancel()
+
+
+async def test_a_thousand_bad_items_behind_a_slow_one() -> None:
+    async with streaming() as (s, stream):
+        s.engine.gate.clear()
+        first = await stream.send(create_session=create("a"))
+        bad = pb.ExtendRequest(session_id="a", base_length=5)
+        numbers = [await stream.send(extend=bad) for _ in range(1000)]
+        s.engine.gate.set()
+        assert (await stream.answer(first)).HasField("create_session")
+        assert reason((await stream.answer(numbers[-1])).status) == "INVALID_ARGUMENT"
+        assert stream.order == [first, *numbers]
+
+
+async def test_a_bug_behind_one_item_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(FakeTokenizer):
+        def encode(self, text: str) -> list[int]:
+            raise ZeroDivisionError("secret")
+
+    async with streaming(tokenizer=Broken()) as (_, stream):
+        status = await stream.status(create_session=pb.CreateSessionRequest(session_id="a", text="hi"))
+        assert status.code == grpc.StatusCode.INTERNAL.value[0] and "secret" not in status.message
+        assert (await stream.ask(create_session=create("a"))).create_session.session.session_id == "a"
+
+
+async def test_items_behind_a_client_that_left_never_start() -> None:
+    async with streaming() as (s, stream):
+        await stream.ask(create_session=create("a"))
+        s.engine.gate.clear()
+        s.engine.entered.clear()
+        await stream.send(verify=verify("a", 5))
+        await asyncio.to_thread(s.engine.entered.wait)
+        for base in (6, 7):
+            await stream.send(verify=verify("a", base))
+        (live,) = s.server._drafter.streams
+        await until(lambda: live._open == 3)
+        stream.cancel()
+        await until(lambda: not s.server._drafter.streams)
+        s.engine.gate.set()
+        await until(lambda: s.core.in_flight == 0)
+        assert (await s.stub.GetSession(pb.GetSessionRequest(session_id="a"))).session.committed_length == 6

@@ -111,7 +111,11 @@ class Driver:
         return sessions
 
     def rounds(
-        self, sessions: Sequence[Sequence_], count: int, shapes: Sequence[DraftShape | None], drafter: Drafter | None = None
+        self,
+        sessions: Sequence[Sequence_],
+        count: int,
+        shapes: Sequence[DraftShape | None],
+        drafter: Drafter | None = None,
     ) -> None:
         """Go on until every session has produced `count` tokens."""
         while live := [s for s in sessions if len(s.produced) < count]:

@@ -128,7 +128,7 @@ def test_an_open_number_of_nodes_is_filled_in() -> None:
         (ShapeRequest(depth=17), "17 drafted levels"),
         (ShapeRequest(depth=2, branching=17), "17 children"),
         (ShapeRequest(depth=6, branching=8, nodes=64), "64 drafted nodes"),
-        (ShapeRequest(depth=10, branching=8, nodes=60), r"\(max_depth - 1\) \* branching <= 64"),
+        (ShapeRequest(depth=11, branching=8, nodes=60), r"\(max_depth - 2\) \* branching <= 64"),
         (ShapeRequest(parents=(-1,) * 64), "64 drafted nodes"),
     ],
 )

@@ -126,7 +126,9 @@ def test_a_client_tree_takes_the_right_branch(target):
         # two branches, the second one right: its keys and values must move next to the committed ones
         return Draft((wrong[0], right[0], wrong[1], right[1], right[2]), (-1, -1, 0, 1, 3))
 
-    out, sessions = speculate(target, tiny_head(target, "eagle3"), PROMPTS, [SamplingParams()] * 4, [None] * 4, drafter=drafter)
+    out, sessions = speculate(
+        target, tiny_head(target, "eagle3"), PROMPTS, [SamplingParams()] * 4, [None] * 4, drafter=drafter
+    )
     assert out == [t[:COUNT] for t in truth]
     assert {a for s in sessions for a in s.accepted} == {3}
 

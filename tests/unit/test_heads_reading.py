@@ -173,7 +173,7 @@ def test_families_are_known_by_their_tensors(folder: Folder, tensor: str, family
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"eagle_config": 3}, "eagle_config must be an object"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope cannot be understood: 'factor'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear': factor must be a positive number"),
         ({"rope_scaling": {"rope_type": "su"}}, "rope type 'su' is not supported"),
         ({"head_dim": "eight"}, "head_dim must be a positive integer, got 'eight'"),
         ({"head_dim": ..., "num_attention_heads": ...}, "neither head_dim nor num_attention_heads"),

@@ -12,13 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speculator.heads.eagle3 import Eagle3Head
+from speculator.heads.save import save_head
 from speculator.train.answers import Written, load_written, save_written
 from speculator.train.data import ANSWER, REPEATED, SKIP, Document, Stream
 from speculator.train.decode import decode_sorted
-from speculator.train.eagle3 import HeadData, Rows, head_loss, hidden_rows, new_head, train_head, unroll
+from speculator.train.eagle3 import HeadData, Rows, head_loss, hidden_rows, load_eagle3, new_head, train_head, unroll
 from speculator.train.evaluate import chain_figures, greedy_drafts, replay
-from speculator.train.export import load_eagle3, round_weights, save_eagle3
-from speculator.train.pretrain import heldout_losses, language_loss, make_loss, new_target, target_config, train_phase
+from speculator.train.pretrain import (
+    heldout_losses,
+    language_loss,
+    make_loss,
+    new_target,
+    round_weights,
+    target_config,
+    train_phase,
+)
 from speculator.train.recipe import Head, Learning, Phase, Refine, TargetRecipe
 from speculator.train.refine import _documents
 from speculator.train.tokenizer import ASSISTANT, END, USER
@@ -211,7 +219,7 @@ def test_a_target_and_its_head_learn_and_survive_saving(tmp_path: Path) -> None:
     curve = train_head(head, loaded, data, HEAD)
     assert curve[-1]["agree_0"] > 0.95
 
-    save_eagle3(head, tmp_path / "eagle3")
+    save_head(head, tmp_path / "eagle3")
     again = load_eagle3(tmp_path / "eagle3", loaded)
     round_weights(head)
     assert replace(again.record, rope=head.record.rope) == head.record

@@ -1,0 +1,61 @@
+"""What a step leaves on the device, and the one transfer that turns it into plain values.
+
+Must never know how it was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from speculator.drafting import Drafted
+from speculator.errors import NumericalError
+from speculator.types import Draft, Step, StepResult
+
+
+class Committed(NamedTuple):
+    """What one part of a step decided, still on the device."""
+
+    steps: Sequence[int]  # indices into the step list
+    tokens: Tensor  # [R, D] int64
+    kept: Tensor  # [R] int64 valid tokens
+    path: Tensor  # [R, D] int64 nodes: the root, then the accepted ones
+    logprobs: Tensor  # [R, D] float32
+    finite: Tensor  # [R] bool
+
+
+def collect(steps: Sequence[Step], committed: Sequence[Committed], drafted: Sequence[Drafted]) -> list[StepResult]:
+    """The one transfer: read every result back and hand out plain values."""
+    device = [t for c in committed for t in (c.tokens, c.kept, c.path, c.logprobs, c.finite)]
+    device += [t for d in drafted for t in (d.tokens, d.parents, d.logprobs)]
+    host = iter(_download(device))
+    results = [StepResult() for _ in steps]
+    for part in committed:
+        tokens, kept, path, logprobs, finite = (next(host) for _ in range(5))
+        if not all(finite):
+            raise NumericalError("the target produced NaN or infinite values; nothing was committed")
+        for row, i in enumerate(part.steps):
+            n = kept[row]
+            nodes = tuple(node - 1 for node in path[row][1:n])
+            results[i] = StepResult(tuple(tokens[row][:n]), tuple(logprobs[row][:n]), nodes)
+    for draft in drafted:
+        tokens, parents, logprobs = (next(host) for _ in range(3))
+        for row, i in enumerate(draft.steps):
+            made = Draft(tuple(tokens[row]), tuple(parents[row]), tuple(logprobs[row]), draft_id=draft.ids[row])
+            results[i] = results[i]._replace(draft=made)
+    return results
+
+
+def _download(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """Nested lists of the tensors; from a GPU in one copy."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return [t.tolist() for t in tensors]
+    flat = [(t.double().view(torch.int64) if t.is_floating_point() else t.long()).flatten() for t in tensors]
+    pieces = torch.cat(flat).cpu().split([t.numel() for t in tensors])
+    return [
+        (p.view(torch.float64) if t.is_floating_point() else p).view(t.shape).tolist()
+        for p, t in zip(pieces, tensors, strict=True)
+    ]
