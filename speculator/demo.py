@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from speculator.cli_paint import Painter, Piece, Speech
+from speculator.cli.paint import Painter, Piece, Speech
 from speculator.client import AsyncClient, AsyncDraftStream, AsyncSession, Sampling, Stats, Stopping
 from speculator.config import Config
 from speculator.core import DrafterCore

@@ -12,11 +12,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
+from queue import SimpleQueue
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,6 +37,7 @@ MAX_TOKENS = 1 << 18
 BLOCK = 50  # exchanges before the other server has its turn
 SETTLE = 5  # first ones of a block, not counted: the other process has gone cold
 WARM_BLOCKS = 10
+Behaviour: TypeAlias = "Callable[[object, Context], Coroutine[Any, Any, None]]"
 Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"  # generic in the library's stubs only
 
 
@@ -62,8 +65,16 @@ async def _serve_drafts(config: ServerConfig, port: Connection) -> None:
 
 
 async def _serve_echo(config: ServerConfig, port: Connection) -> None:
+    await _serve_raw(config, port, _echo)
+
+
+async def _serve_relay(config: ServerConfig, port: Connection) -> None:
+    await _serve_raw(config, port, _relay)
+
+
+async def _serve_raw(config: ServerConfig, port: Connection, behaviour: Behaviour) -> None:
     server = grpc.aio.server(options=options(config))
-    handler: Handler = grpc.stream_stream_rpc_method_handler(_echo)
+    handler: Handler = grpc.stream_stream_rpc_method_handler(behaviour)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("echo.Echo", {"Echo": handler}),))
     bound = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -76,8 +87,25 @@ async def _echo(requests: object, context: Context) -> None:
         await context.write(data)
 
 
+async def _relay(requests: object, context: Context) -> None:
+    """An echo that passes through a second thread: the least that a device thread can cost."""
+    loop, inbox = asyncio.get_running_loop(), SimpleQueue[Any]()
+    back: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def relay() -> None:
+        while (data := inbox.get()) is not None:
+            loop.call_soon_threadsafe(back.put_nowait, data)
+
+    threading.Thread(target=relay, daemon=True).start()
+    while (data := await context.read()) is not grpc.aio.EOF:
+        inbox.put(data)
+        await context.write(await back.get())
+    inbox.put(None)
+
+
 SERVERS: dict[str, Callable[[ServerConfig, Connection], Coroutine[Any, Any, None]]] = {
     "step": _serve_drafts,
+    "relay": _serve_relay,
     "echo": _serve_echo,
 }
 
@@ -151,14 +179,14 @@ def _sample() -> pb.DraftResponse:
     return pb.DraftResponse(correlation_id=5_000, verify=verify)
 
 
-CLIENTS: dict[str, type[StepClient]] = {"step": StepClient, "echo": EchoClient}
+CLIENTS: dict[str, type[StepClient]] = {"step": StepClient, "relay": EchoClient, "echo": EchoClient}
 
 
 # ---- the clock ----
 
 
 def measure(exchanges: int = 2000, repeats: int = 5, uvloop: bool = False) -> dict[str, Any]:
-    """Latencies in microseconds of steps and of as many echoes, and the ratio of their medians.
+    """Latencies in microseconds of steps, of as many echoes, and of echoes through a thread, and ratios of medians.
 
     Steps and echoes take turns in blocks of `BLOCK`, so that both meet the machine in the same mood. Each repeat has
     fresh servers, because where the kernel puts their threads stays for their life; figures are medians of repeats.
@@ -235,6 +263,7 @@ def _summary(found: dict[str, list[Exchange]]) -> dict[str, float]:
         rows |= {f"{which}_p50_us": _at(wire, 0.5), f"{which}_p99_us": _at(wire, 0.99)}
         rows |= {f"{which}_whole_p50_us": _at(whole, 0.5)}
     rows["ratio_p50"] = rows["step_p50_us"] / rows["echo_p50_us"]
+    rows["ratio_p50_to_relay"] = rows["step_p50_us"] / rows["relay_p50_us"]
     rows["ratio_whole_p50"] = rows["step_whole_p50_us"] / rows["echo_whole_p50_us"]
     return rows
 

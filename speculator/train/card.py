@@ -32,6 +32,7 @@ def pair_card(recipe: Recipe, results: Results, data: Path) -> str:
     parts = [
         _head(recipe, results),
         _figures(results),
+        _measured(results),
         _losses(results),
         _commands(recipe, results),
         _sources(recipe, data),
@@ -45,7 +46,7 @@ def _head(recipe: Recipe, results: Results) -> str:
     return f"""# {recipe.name}
 
 A small English target and its EAGLE-3 draft head, trained from scratch by this project for demonstrations, tests and
-benchmarks of speculative decoding. It writes short, fluent, often wrong text; do not use it for anything else.
+benchmarks of speculative decoding. It writes short, often clumsy and wrong text; do not use it for anything else.
 
 | part | shape | parameters |
 |---|---|---|
@@ -87,6 +88,20 @@ def _survival(sets: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _measured(results: Results) -> str:
+    """Figures of `speculator bench acceptance --json`, kept as results/acceptance-*.json."""
+    rows = [(name, r) for name, r in results.items() if name.startswith("acceptance-")]
+    if not rows:
+        return ""
+    sets = list(rows[0][1]["sets"])
+    lines = ["On the serving engine (`speculator bench acceptance`, coupled rule), tau on the same prompts:", ""]
+    lines += [f"| draft | temperature | {' | '.join(sets)} | mean |", "|---" * (len(sets) + 3) + "|"]
+    for name, r in sorted(rows, key=lambda row: (row[1]["temperature"], row[0])):
+        taus = " | ".join(f"{r['sets'][s]['tau']:.2f}" for s in sets)
+        lines.append(f"| {name.split('-')[1]} | {r['temperature']:g} | {taus} | {r['mean_tau']:.2f} |")
+    return "\n".join([*lines, ""])
+
+
 def _losses(results: Results) -> str:
     target, head = results.get("target", {}), results.get("eagle3", {})
     lines = ["## Losses", ""]
@@ -110,13 +125,21 @@ def _commands(recipe: Recipe, results: Results) -> str:
     return f"""## How it was made
 
 ```
-python -m speculator.train {recipe.name} --data CORPORA --prompts PROMPTS --out {recipe.name}
+{_command(recipe)}
 ```
 
 on {device}. Seconds: {spent}.
 The recipe holds every number. {recipe.heldout_percent} % of the documents of each source were held out; the
 evaluation prompts and texts that share a 13-word sequence with them are not in the data.
 """
+
+
+def _command(recipe: Recipe) -> str:
+    if recipe.companion is None:
+        return f"python -m speculator.train {recipe.name} --data CORPORA --prompts PROMPTS --out {recipe.name}"
+    return f"""deploy/models/train.sh CORPORA PROMPTS OUT
+# which runs {recipe.name}-base (a language model) and then {recipe.name} with --start: target and head together, each
+# reaching into the other's gradients, so that the target's next tokens can be followed; then the head alone"""
 
 
 def _sources(recipe: Recipe, data: Path) -> str:
@@ -127,7 +150,7 @@ def _sources(recipe: Recipe, data: Path) -> str:
     lines = ["## Data and licences", "", "| source | licence | from |", "|---|---|---|"]
     for name, entry in json.loads(manifest.read_text(encoding="utf-8")).items():
         if name in used:
-            lines.append(f"| {name} | {entry['license']} | {entry['source']} |")
+            lines.append(f"| {name} | {entry['license']} | {entry['source'].removesuffix(' (table below)')} |")
     return "\n".join([*lines, "", ATTRIBUTION])
 
 

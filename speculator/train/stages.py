@@ -199,6 +199,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 def write_card(run: Run) -> dict[str, Any]:
     results = {stage: read_results(run.result(stage)) for stage in STAGES if run.result(stage).exists()}
+    results |= {path.stem: read_results(path) for path in sorted((run.out / "results").glob("acceptance-*.json"))}
     write_cards(run.recipe, results, run.data, run.out)
     return {}
 

@@ -257,7 +257,7 @@ def test_an_item_that_takes_too_long_leaves_the_stream_alone(host: Host, client:
 
 
 def test_a_server_that_says_nothing_at_all(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speculator.client_stream.SLACK", 0.05)
+    monkeypatch.setattr("speculator.client.stream.SLACK", 0.05)
     with proxied(host) as proxy, Client(proxy.address) as client, client.draft_stream() as stream:
         stream.create(PROMPT, session_id="silent")
         proxy.mute.set()

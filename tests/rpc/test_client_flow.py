@@ -10,13 +10,13 @@ import grpc
 import pytest
 from google.rpc import status_pb2
 
-from speculator import client_wire as wire
 from speculator import errors
 from speculator.client import ConnectionLostError, Created, Distribution, Proposed, RemoteError, SessionState, Verified
-from speculator.client_channel import Endpoint, read_token
-from speculator.client_errors import BY_REASON, from_status
-from speculator.client_flow import GenerateFlow, SessionFlow, Wait
-from speculator.client_types import Chunk, Opening, Sampling, Shape, Stats, Stopping, Timing
+from speculator.client import wire as wire
+from speculator.client.channel import Endpoint, read_token
+from speculator.client.errors import BY_REASON, from_status
+from speculator.client.flow import GenerateFlow, SessionFlow, Wait
+from speculator.client.records import Chunk, Opening, Sampling, Shape, Stats, Stopping, Timing
 from speculator.status import status_of
 from speculator.types import Draft, FinishReason, Rule
 

@@ -14,10 +14,12 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from speculator import cli, cli_bench, cli_client, errors
+from speculator import cli, errors
+from speculator.cli import bench as cli_bench
+from speculator.cli import client as cli_client
 from speculator.bundled import find_pairs
-from speculator.cli_models import Flags, configure
-from speculator.cli_paint import Painter, Piece, Speech
+from speculator.cli.models import Flags, configure
+from speculator.cli.paint import Painter, Piece, Speech
 from speculator.client import ConnectionLostError
 from target.errors import CheckpointError as TargetCheckpointError
 from tests.fakes import FakeTokenizer, plain
@@ -188,7 +190,7 @@ def test_the_bundled_pair_stands_in_for_a_target(tmp_path: Path, monkeypatch: py
 
 
 def test_without_a_bundled_pair_a_target_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speculator.cli_models.find_pairs", lambda: [])
+    monkeypatch.setattr("speculator.cli.models.find_pairs", lambda: [])
     with pytest.raises(errors.ConfigError, match="--target"):
         configure(Flags())
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 import grpc
 
-from speculator import client_wire as wire
-from speculator.client_errors import ConnectionLostError, from_call, from_status
+from speculator.client import wire as wire
+from speculator.client.errors import ConnectionLostError, from_call, from_status
 from speculator.errors import DeadlineExceededError, SpeculatorError
 from speculator.v1 import drafter_pb2
 

@@ -20,9 +20,9 @@ try:
 except ImportError:  # the base install is the client library alone
     sys.exit("speculator: the commands need more packages: pip install 'speculator[server]'")
 
-from speculator.cli_bench import bench
-from speculator.cli_client import client
-from speculator.cli_models import Flags
+from speculator.cli.bench import bench
+from speculator.cli.client import client
+from speculator.cli.models import Flags
 
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -96,7 +96,7 @@ def serve(
       speculator serve --config my.toml --set engine.max_sessions=8
       speculator serve --host 0.0.0.0 --config tls.toml
     """
-    from speculator.cli_run import run_server
+    from speculator.cli.run import run_server
 
     flags = (config, target, head, device, dtype, depth, branching, nodes, threads)
     run_server(Flags(*flags, host, port, insecure or None, sets or ()))
@@ -142,7 +142,7 @@ def generate(
       speculator generate --file notes.txt --raw -n 64 --temperature 0.8 --seed 7
       cat prompt.txt | speculator generate --server 127.0.0.1:50051
     """
-    from speculator.cli_run import Ask, read_prompt, run_generate
+    from speculator.cli.run import Ask, read_prompt, run_generate
 
     ask = Ask(read_prompt(prompt, file), raw, plain, max_new_tokens, temperature, top_p, top_k, seed, stats)
     flags = Flags(config, target, head, device, dtype, depth, branching, nodes, threads, sets=sets or ())
@@ -172,7 +172,7 @@ def demo(
       speculator demo
       speculator demo --depth 7 --branching 10 --nodes 59
     """
-    from speculator.cli_run import run_demo
+    from speculator.cli.run import run_demo
 
     flags = Flags(config, target, head, device, dtype, depth, branching, nodes, threads, sets=sets or ())
     raise Exit(run_demo(flags, new_tokens))
@@ -207,7 +207,7 @@ def inspect(
       speculator inspect EAGLE3-LLaMA3.1-8B --target Llama-3.1-8B
       speculator inspect my-head --target my-target --probe
     """
-    from speculator.cli_run import run_inspect
+    from speculator.cli.run import run_inspect
 
     run_inspect(path, target, probe, override or [], prompts, Flags(device=device, dtype=dtype), self_check)
 
@@ -239,7 +239,7 @@ def train(
       speculator train eagle3 --data corpora --out runs/nano-en --force
       speculator train all --data corpora --out runs/toy --recipe toy --device cpu
     """
-    from speculator.cli_run import run_train
+    from speculator.cli.run import run_train
 
     given = {"data": data, "out": out, "prompts": prompts, "cache": cache, "device": device}
     options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]

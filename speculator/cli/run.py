@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 
 from speculator import __version__
-from speculator.cli_client import connect
-from speculator.cli_models import Flags, configure, load_engine, load_tokenizer, progress
-from speculator.cli_paint import Painter, Speech
+from speculator.cli.client import connect
+from speculator.cli.models import Flags, configure, load_engine, load_tokenizer, progress
+from speculator.cli.paint import Painter, Speech
 from speculator.client import Sampling, Stats, Stopping
-from speculator.client_wire import tallied
+from speculator.client.wire import tallied
 from speculator.config import Config, ModelConfig
 from speculator.errors import CheckpointError, ConfigError, InvalidArgumentError
 from speculator.types import FinishReason, SamplingParams, StoppingParams
@@ -164,7 +164,7 @@ def run_generate(ask: Ask, flags: Flags, server: str | None) -> None:
 
 
 def _from_server(ask: Ask, flags: Flags, server: str, painter: Painter) -> tuple[Stats, float]:
-    from speculator.cli_paint import Piece
+    from speculator.cli.paint import Piece
 
     tokenizer = _chat_tokenizer(flags)
     prompt = tokenizer.encode_chat(ask.prompt) if tokenizer and not ask.raw else ask.prompt

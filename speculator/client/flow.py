@@ -12,10 +12,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
-from speculator import client_wire as wire
 from speculator.answers import Acceptance
-from speculator.client_errors import ConnectionLostError
-from speculator.client_types import Chunk, Created, Extended, Opening, Proposed, Round, Shape, Stats, Timing, Verified
+from speculator.client import wire as wire
+from speculator.client.errors import ConnectionLostError
+from speculator.client.records import Chunk, Created, Extended, Opening, Proposed, Round, Shape, Stats, Timing, Verified
 from speculator.errors import (
     DraftNotFoundError,
     DrainingError,

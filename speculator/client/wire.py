@@ -15,7 +15,7 @@ from google.protobuf import duration_pb2
 from google.protobuf.message import Message
 
 from speculator.answers import Acceptance
-from speculator.client_types import (
+from speculator.client.records import (
     Chunk,
     Created,
     Extended,

@@ -3,11 +3,11 @@
 Owns: the flat names of the client library. Must never import torch, nor hold code.
 """
 
-from speculator.client_async import AsyncClient, AsyncDraftStream, AsyncSession
-from speculator.client_channel import DEFAULT_ADDRESS, Tls, read_token
-from speculator.client_errors import ConnectionLostError, RemoteError
-from speculator.client_sync import Client, DraftStream, Session
-from speculator.client_types import (
+from speculator.client.aio import AsyncClient, AsyncDraftStream, AsyncSession
+from speculator.client.blocking import Client, DraftStream, Session
+from speculator.client.channel import DEFAULT_ADDRESS, Tls, read_token
+from speculator.client.errors import ConnectionLostError, RemoteError
+from speculator.client.records import (
     Chunk,
     Created,
     Extended,
