@@ -1,0 +1,1 @@
+"""Benchmarks: latency, acceptance, and what gRPC costs."""

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -15,8 +16,6 @@ import pytest
 from rich.console import Console
 
 from speculator import cli, errors
-from speculator.cli import bench as cli_bench
-from speculator.cli import client as cli_client
 from speculator.bundled import find_pairs
 from speculator.cli.models import Flags, configure
 from speculator.cli.paint import Painter, Piece, Speech
@@ -24,6 +23,9 @@ from speculator.client import ConnectionLostError
 from target.errors import CheckpointError as TargetCheckpointError
 from tests.fakes import FakeTokenizer, plain
 from tests.rpc.client_hosts import Host
+
+cli_bench = import_module("speculator.cli.bench")  # the package's own `bench` and `client` are its commands
+cli_client = import_module("speculator.cli.client")
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("serve", "generate", "demo", "inspect", "train", "client", "bench")
