@@ -25,6 +25,7 @@ from target.attention.base import bind
 from target.attention.sdpa import SdpaAttention
 from target.batch import Batch, causal_positions
 from target.cache import PagedCache
+from target.errors import PlanError
 from target.llama import Hidden, Llama
 
 
@@ -54,7 +55,7 @@ class Engine:
             return self._step(steps)
         except SpeculatorError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, PlanError) as error:
             raise EngineFailedError(f"the step failed on the device: {str(error).splitlines()[0]}") from error
 
     def _step(self, steps: Sequence[Step]) -> list[StepResult]:
