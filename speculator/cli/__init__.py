@@ -301,7 +301,3 @@ def _flush() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = None  # the interpreter would try again at exit
-
-
-if __name__ == "__main__":
-    main()

@@ -185,7 +185,7 @@ def served(pair: Pair) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A `speculator serve` with what it printed first, and its address."""
     words = ["serve", *models(pair), "--port", "0", "--set", "server.metrics_port=0", "--set", "engine.max_sessions=4"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "speculator.cli", *words],
+        [sys.executable, "-m", "speculator", *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
