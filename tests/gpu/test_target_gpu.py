@@ -101,6 +101,7 @@ def _valid(hidden: Hidden, counts: list[int]) -> Hidden:
     return Hidden(joined(hidden.final), tuple(joined(tap) for tap in hidden.taps))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_the_body_of_a_pass_never_waits_for_the_device(folder: Path) -> None:
     _, rig = rigs(folder)
     batch = rig.batch([some_tokens(5), some_tokens(3)], [0, 0], [rig.table(8), rig.table(8)])

@@ -258,6 +258,20 @@ async def test_draining_under_load_loses_nothing() -> None:
             assert committed[f"s{i}"] == len(PROMPT) + len(text), "nothing was committed that nobody heard of"
 
 
+async def test_a_step_that_outlasts_the_grace_is_still_answered() -> None:
+    async with serving(drain_grace_s=0.05) as s:
+        await s.stub.CreateSession(create("a"))
+        s.engine.gate.clear()
+        s.engine.entered.clear()
+        last = asyncio.ensure_future(s.stub.Verify(verify("a", 5)))
+        await asyncio.to_thread(s.engine.entered.wait)
+        draining = asyncio.ensure_future(s.server.drain())
+        await asyncio.sleep(1.5)  # more than the grace and all that follows it
+        s.engine.gate.set()
+        assert (await last).committed_length == 6
+        await draining
+
+
 async def test_an_idle_server_drains_at_once() -> None:
     async with serving(drain_grace_s=60) as s:
         await asyncio.wait_for(s.server.drain(), 10)
