@@ -20,6 +20,7 @@ from speculator.heads.folder import checkpoint_errors
 from speculator.heads.formats import HeadFile, read_head
 from speculator.heads.reading import TargetFacts
 from speculator.heads.record import HeadRecord
+from target.layers import lay_out_for_cpu
 from target.llama import Llama
 from target.weights import Progress, fill
 
@@ -54,6 +55,7 @@ def load_head(
     head.target_ids = None if file.target_ids is None else file.target_ids.to(device)
     with checkpoint_errors(folder):
         fill(head, file.slots, _fitting(file), folder, progress)
+    lay_out_for_cpu(head)
     return head.requires_grad_(False).eval()
 
 
