@@ -12,6 +12,8 @@ import contextlib
 import json
 import multiprocessing
 import os
+import platform
+import sys
 import threading
 import time
 import uuid
@@ -23,8 +25,10 @@ from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
 import grpc
+from google.protobuf import __version__ as protobuf_version
 
 from speculator.bench.fake import TOKEN, EchoEngine
+from speculator.bench.provenance import commit
 from speculator.config import ServerConfig
 from speculator.core import DrafterCore
 from speculator.security import Handler
@@ -198,7 +202,12 @@ def measure(exchanges: int = 2000, repeats: int = 5, uvloop: bool = False) -> di
         "ratio_p50_runs": [round(run["ratio_p50"], 3) for run in runs],
         "bytes": len(_sample().SerializeToString()),
     }
-    return rows | {"uvloop": uvloop, "cpus": os.cpu_count(), "load": os.getloadavg()}
+    return rows | {"uvloop": uvloop} | _where()
+
+
+def _where() -> dict[str, Any]:
+    versions = {"python": platform.python_version(), "grpcio": grpc.__version__, "protobuf": protobuf_version}
+    return versions | {"commit": commit(), "cpus": os.cpu_count(), "load": os.getloadavg(), "argv": sys.argv[1:]}
 
 
 def _repeat(exchanges: int, uvloop: bool) -> dict[str, float]:
