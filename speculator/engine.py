@@ -26,7 +26,8 @@ from target.attention.sdpa import SdpaAttention
 from target.batch import Batch, causal_positions
 from target.cache import PagedCache
 from target.errors import PlanError
-from target.llama import Hidden, Llama
+from target.llama import Llama
+from target.model import Hidden
 
 
 class Engine:

@@ -15,10 +15,11 @@ from target.errors import PlanError
 
 
 class LayerShape(NamedTuple):
-    """Keys and values of one layer: `kv_heads` heads of `head_dim`."""
+    """What one layer stores per token: `parts` times `kv_heads` heads of `head_dim`; keys and values, or one latent."""
 
     kv_heads: int
     head_dim: int
+    parts: int = 2  # keys at 0 and values at 1; 1 for the latent of MLA
 
 
 class PagedCache:
@@ -26,7 +27,7 @@ class PagedCache:
 
     A page number means the same token slots in every layer, so a session has one page table for target and head.
     `groups` are runs of layers of one shape (the target's, then the head's); layers are numbered through. Each
-    layer's storage is [pages * page_size, 2, kv_heads, head_dim], keys at 0 and values at 1. Slot 0 is read in place
+    layer's storage is [pages * page_size, parts, kv_heads, head_dim]. Slot 0 is read in place
     of invisible tokens and stays zero; padding writes to `pad_slot`.
     """
 
@@ -45,7 +46,8 @@ class PagedCache:
         for group in groups:
             if len(set(group)) != 1:
                 raise PlanError(f"the layers of a cache group must have one shape, got {sorted(set(group)) or 'none'}")
-            shape = (len(group), pages * page_size, 2, *group[0])
+            heads, dim, parts = group[0]
+            shape = (len(group), pages * page_size, parts, heads, dim)
             self.groups.append(torch.zeros(shape, dtype=dtype, device=device))
         self.layers: list[Tensor] = [layer for group in self.groups for layer in group]
 
@@ -61,4 +63,4 @@ class PagedCache:
 
 def bytes_per_token(groups: Sequence[Sequence[LayerShape]], dtype: torch.dtype) -> int:
     """Bytes that one token takes in the cache, all layers together."""
-    return sum(2 * heads * dim for group in groups for heads, dim in group) * dtype.itemsize
+    return sum(parts * heads * dim for group in groups for heads, dim, parts in group) * dtype.itemsize

@@ -5,8 +5,6 @@ Owns: the forward of dense targets and their taps. Must never know drafting or s
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,14 +13,8 @@ from target.attention.base import Attend
 from target.cache import LayerShape
 from target.config import ModelConfig
 from target.layers import GatedMLP, RMSNorm, SelfAttention
+from target.model import Hidden
 from target.rope import Rope
-
-
-class Hidden(NamedTuple):
-    """What a pass leaves behind: F, the final-normed state the lm_head reads, and the tapped residual streams B(k)."""
-
-    final: Tensor  # [R, T, H]
-    taps: tuple[Tensor, ...]  # each [R, T, H], in the order asked for
 
 
 class DecoderLayer(nn.Module):

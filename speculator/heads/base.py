@@ -16,7 +16,7 @@ from speculator.heads.record import HeadRecord
 from target.attention.base import Attend
 from target.cache import LayerShape
 from target.layers import GatedMLP, RMSNorm, SelfAttention
-from target.llama import Hidden
+from target.model import Hidden
 from target.rope import Rope
 
 

@@ -23,7 +23,8 @@ from speculator.train.data import ANSWER, Document, pack
 from speculator.train.optim import Budget, Optimizers
 from speculator.train.recipe import Head
 from speculator.train.report import Log
-from target.llama import Hidden, Llama, init_weights
+from target.llama import Llama, init_weights
+from target.model import Hidden
 
 HIDDEN = -1e30  # a score that softmax turns into 0; with -inf, torch 2.11 compiles a backward pass that gives NaN
 

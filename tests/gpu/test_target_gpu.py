@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from target.attention.base import bind
-from target.llama import Hidden
+from target.model import Hidden
 from target.weights import load_llama
 from tests.unit.targets import FAMILIES, LAYERS, Rig, reference_hidden, save_reference, some_tokens
 

@@ -18,7 +18,8 @@ from target.attention.base import bind
 from target.attention.sdpa import SdpaAttention
 from target.batch import Batch, causal_positions
 from target.cache import PagedCache
-from target.llama import Hidden, Llama
+from target.llama import Llama
+from target.model import Hidden
 from target.weights import load_llama
 
 transformers.utils.logging.disable_progress_bar()

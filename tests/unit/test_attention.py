@@ -17,7 +17,8 @@ from target.attention.sdpa import SdpaAttention, visible
 from target.batch import Batch, causal_positions
 from target.config import parse_config
 from target.errors import PlanError
-from target.llama import Hidden, Llama, init_weights
+from target.llama import Llama, init_weights
+from target.model import Hidden
 from tests.unit.targets import Rig, some_tokens
 
 ALL = (0, 1, 2)

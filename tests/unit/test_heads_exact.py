@@ -14,7 +14,7 @@ from speculator.heads.base import DraftHead
 from speculator.heads.exact import ExactPlan, exact_pair
 from speculator.heads.probe import Acceptance, DenseProbe, greedy_text
 from target.attention.dense import attend_causal
-from target.llama import Hidden
+from target.model import Hidden
 from target.rope import Rope
 
 DEPTH = 5

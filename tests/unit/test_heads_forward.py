@@ -19,7 +19,8 @@ from speculator.heads.probe import GrowingAttention, UnrolledAttention
 from speculator.heads.record import HeadRecord
 from target.attention.dense import attend_causal
 from target.config import RopeConfig, parse_config
-from target.llama import Hidden, Llama, init_weights
+from target.llama import Llama, init_weights
+from target.model import Hidden
 from target.weights import export_tensors
 
 V, H, HD, NH, NKV, T = 40, 24, 6, 4, 2, 6

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from target.attention.dense import attend_causal
-from target.llama import Hidden
+from target.model import Hidden
 from target.weights import load_llama
 from tests.unit.targets import FAMILIES, LAYERS, Rig, Twins, reference_hidden, save_reference, some_tokens, twins
 
