@@ -1,5 +1,5 @@
 """Recorded passes: record a pass once per shape, replay it.
 
-Owns: shapes, attention-state pairs, recorders and the manager that says when a graph is ready.
-Must never know models, sessions or the service; it imports torch and the standard library only.
+Owns: shapes, attention-state pairs, recorders and the managers that say when a graph is ready.
+Must never know models, sessions or the service; it imports torch and the standard library only, and nothing by itself.
 """
