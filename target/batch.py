@@ -18,6 +18,9 @@ class Batch(NamedTuple):
     that earlier passes stored above the context. It sees every index below `context`, the nodes of its ancestor mask,
     and itself. `ancestors` bit j stands for the node stored at `context + j`; None means a causal chain, which sees
     every index up to its own. Padding computes values nobody may use: finite ones, where weights are.
+
+    The tensors of a `static` batch are refilled between the runs of a recorded pass: a plan may keep them, but neither
+    read them on the host nor derive anything from them before the pass runs; `longest` is then a bound for all runs.
     """
 
     tokens: Tensor  # [R, T] int64
@@ -28,6 +31,7 @@ class Batch(NamedTuple):
     ancestors: Tensor | None = None  # [R, T] int64
     offset: int = 0
     longest: int = 0  # host-known upper bound of context + offset + counts over the rows
+    static: bool = False
 
     def slots(self, page_size: int, pad_slot: int) -> Tensor:
         """[R, T] int64 cache slots that the queries' keys and values are written to; padding goes to `pad_slot`."""

@@ -16,7 +16,8 @@ from target.config import RopeConfig
 
 
 class Rope(nn.Module):
-    """cos and sin tables for given positions (neox layout: the two halves of a head are one rotation's pair).
+    """cos and sin tables for given positions; the pairs that are rotated are the two halves of a head (neox), or
+    neighbours where `interleaved`.
 
     `dynamic` scales with the length seen so far: position p uses the base of a sequence of p + 1 tokens, so a token's
     rotation never depends on what follows it (transformers re-scales a whole prompt by its final length, and equals
@@ -25,9 +26,9 @@ class Rope(nn.Module):
 
     inverse: Tensor
 
-    def __init__(self, config: RopeConfig, dim: int) -> None:
+    def __init__(self, config: RopeConfig, dim: int, interleaved: bool = False) -> None:
         super().__init__()
-        self.config, self.dim = config, dim
+        self.config, self.dim, self.interleaved = config, dim, interleaved
         inverse, self.amplitude = _inverse_frequencies(config, dim)
         self.register_buffer("inverse", inverse, persistent=False)
 
@@ -38,12 +39,15 @@ class Rope(nn.Module):
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [...] int64 -> cos, sin [..., 1, dim] for `rotate` in `dtype`, computed in float32.
+        """positions [...] int64 -> cos, sin [..., 1, dim] in `dtype`, computed in float32.
 
-        The first half of sin is negated.
+        They are for `rotate`, or for `rotate_pairs` where interleaved. The sin of a pair's first member is negated.
         """
         angles = positions[..., None, None].float() * self._inverse(positions)
         cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
+        if self.interleaved:
+            pairs = torch.stack((cos, cos), dim=-1), torch.stack((-sin, sin), dim=-1)
+            return pairs[0].flatten(-2).to(dtype), pairs[1].flatten(-2).to(dtype)
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
     def _inverse(self, positions: Tensor) -> Tensor:
@@ -100,14 +104,26 @@ def _yarn_amplitude(config: RopeConfig, factor: float) -> float:
     given = config.scaling.get("attention_factor")
     if given is not None:
         return float(given)
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     scale, all_dim = config.scaling.get("mscale"), config.scaling.get("mscale_all_dim")
-    return mscale(float(scale)) / mscale(float(all_dim)) if scale and all_dim else mscale(1.0)
+    if scale and all_dim:
+        return yarn_mscale(factor, float(scale)) / yarn_mscale(factor, float(all_dim))
+    return yarn_mscale(factor, 1.0)
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """How much YaRN sharpens attention that is stretched by `factor` (arXiv 2309.00071, DeepSeek's `mscale`)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotations of a Rope's `cos` and `sin` [..., 1, dim] to x [..., heads, dim]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    """Apply the rotations of a Rope's `cos` and `sin` [..., 1, dim] to the first `dim` of x [..., heads, head_dim]."""
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
+    return torch.addcmul(x * cos, x.roll(dim // 2, dims=-1), sin)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` for tables of an interleaved Rope, over all of x [..., heads, dim]."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)

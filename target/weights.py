@@ -1,11 +1,10 @@
-"""Reads and writes Hugging Face weight files, strictly both ways.
+"""Hugging Face weight files: tensors by published name, checked strictly both ways.
 
-Owns: file formats, the map of published names to our merged parameters, and the errors. Must never know drafting.
+Owns: file formats, moving tensors into and out of modules, and the errors. Must never know architectures or drafting.
 """
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,83 +12,60 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from target.config import ModelConfig, load_config, read_json
+from target.config import read_json
 from target.errors import CheckpointError
-from target.layers import lay_out_for_cpu
-from target.llama import Llama
+from target.fp8 import FLOAT8, SCALE, dequantise, scale_names
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 
 class Slot(NamedTuple):
-    """Where a published tensor goes: rows start..stop of one of our parameters (all of it when `rows` is None)."""
+    """Where a published tensor goes: all of one of our parameters or buffers, or some of its rows.
+
+    With `expert`, the rows are those of one expert's matrix in a stack [E, rows, columns].
+    """
 
     parameter: str
     rows: range | None = None
-
-
-def llama_slots(config: ModelConfig) -> dict[str, Slot]:
-    """Published name -> place, for every tensor a checkpoint of this config must hold."""
-    slots = {"model.embed_tokens.weight": Slot("embed.weight"), "model.norm.weight": Slot("norm.weight")}
-    if not config.tied:
-        slots["lm_head.weight"] = Slot("lm_head.weight")
-    for i in range(config.num_layers):
-        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
-        slots[f"{theirs}input_layernorm.weight"] = Slot(f"{ours}input_norm.weight")
-        slots[f"{theirs}post_attention_layernorm.weight"] = Slot(f"{ours}post_norm.weight")
-        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        slots |= attention_slots(
-            f"{theirs}self_attn.", f"{ours}attention.", *heads, config.qkv_bias, config.o_bias, config.qk_norm
-        )
-        slots |= mlp_slots(f"{theirs}mlp.", f"{ours}mlp.", config.intermediate_size, config.mlp_bias)
-    return slots
-
-
-def attention_slots(
-    theirs: str, ours: str, heads: int, kv_heads: int, dim: int, qkv_bias: bool, o_bias: bool, qk_norm: bool
-) -> dict[str, Slot]:
-    """q, k, v stacked into `qkv`; o and norms as they are. Prefixes end with a dot."""
-    q, kv = heads * dim, kv_heads * dim
-    parts = {"q_proj": range(q), "k_proj": range(q, q + kv), "v_proj": range(q + kv, q + 2 * kv)}
-    kinds = ("weight", "bias") if qkv_bias else ("weight",)
-    slots = {f"{theirs}{p}.{kind}": Slot(f"{ours}qkv.{kind}", rows) for p, rows in parts.items() for kind in kinds}
-    for kind in ("weight", "bias") if o_bias else ("weight",):
-        slots[f"{theirs}o_proj.{kind}"] = Slot(f"{ours}o.{kind}")
-    for norm in ("q_norm", "k_norm") if qk_norm else ():
-        slots[f"{theirs}{norm}.weight"] = Slot(f"{ours}{norm}.weight")
-    return slots
-
-
-def mlp_slots(theirs: str, ours: str, inner: int, bias: bool) -> dict[str, Slot]:
-    """gate and up stacked into `gate_up`. Prefixes end with a dot."""
-    slots: dict[str, Slot] = {}
-    for kind in ("weight", "bias") if bias else ("weight",):
-        slots[f"{theirs}gate_proj.{kind}"] = Slot(f"{ours}gate_up.{kind}", range(inner))
-        slots[f"{theirs}up_proj.{kind}"] = Slot(f"{ours}gate_up.{kind}", range(inner, 2 * inner))
-        slots[f"{theirs}down_proj.{kind}"] = Slot(f"{ours}down.{kind}")
-    return slots
+    expert: int | None = None
 
 
 class WeightFiles:
-    """The tensors of a folder by published name: safetensors (sharded by index or not), else pytorch_model.bin."""
+    """The tensors of a folder by published name: safetensors (sharded by index or not), else pytorch_model.bin.
 
-    def __init__(self, folder: Path) -> None:
-        self._place = _locate(folder)
+    Weights that are stored as float8 beside scales of blocks come out as float32, and the scales are not seen.
+    """
+
+    def __init__(self, folder: Path, fp8_block: tuple[int, int] = (128, 128)) -> None:
+        self._place, self._block = _locate(folder), fp8_block
+        self._scales = scale_names(self._place)
 
     def names(self) -> set[str]:
-        return set(self._place)
+        return set(self._place) - self._scales
 
     def items(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Tensors on the CPU, file by file."""
         wanted = self.names() if names is None else set(names)
         for path in sorted(set(self._place.values())):
-            yield from _read_tensors(path, sorted(name for name in wanted if self._place[name] == path))
+            for name, tensor in _read_tensors(path, sorted(name for name in wanted if self._place[name] == path)):
+                yield name, self._value(name, tensor)
 
     def read(self, name: str) -> Tensor:
+        return self._value(name, self._stored(name))
+
+    def _stored(self, name: str) -> Tensor:
         return next(_read_tensors(self._place[name], [name]))[1]
+
+    def _value(self, name: str, tensor: Tensor) -> Tensor:
+        scale = f"{name}{SCALE}"
+        if scale not in self._scales:
+            return tensor
+        try:
+            return dequantise(tensor, self._stored(scale), self._block)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._place[name]}: {name} {error}") from None
 
 
 def _locate(folder: Path) -> dict[str, Path]:
@@ -168,7 +144,8 @@ def check_names(found: set[str], expected: set[str], where: Path) -> None:
 
 
 def _cut(parameter: Tensor, slot: Slot) -> Tensor:
-    return parameter if slot.rows is None else parameter[slot.rows.start : slot.rows.stop]
+    whole = parameter if slot.expert is None else parameter[slot.expert]
+    return whole if slot.rows is None else whole[slot.rows.start : slot.rows.stop]
 
 
 def fill(
@@ -178,14 +155,11 @@ def fill(
     where: Path,
     progress: Progress | None = None,
 ) -> None:
-    """Copy published tensors into parameters; CheckpointError when a shape differs or a value is not finite."""
-    parameters = dict(module.named_parameters())
+    """Copy published tensors into a module; CheckpointError when a shape differs or a value is not finite."""
+    held = dict(module.named_parameters()) | dict(module.named_buffers())
     for done, (name, tensor) in enumerate(tensors, 1):
-        target = _cut(parameters[slots[name].parameter].data, slots[name])
-        if target.shape != tensor.shape:
-            raise CheckpointError(f"{where}: {name} has shape {list(tensor.shape)}, expected {list(target.shape)}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{where}: {name} holds {tensor.dtype} values; quantised weights are not supported")
+        target = _cut(held[slots[name].parameter].data, slots[name])
+        _check_fit(f"{where}: {name}", tensor, target)
         target.copy_(tensor)
         if not bool(torch.isfinite(target).all()):
             raise CheckpointError(f"{where}: {name} holds NaN or infinite values in {target.dtype}")
@@ -193,73 +167,21 @@ def fill(
             progress(done, len(slots))
 
 
-def load_llama(
-    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", progress: Progress | None = None
-) -> Llama:
-    """Load a dense target; CheckpointError names every missing, unknown or misshapen tensor."""
-    config = load_config(folder)
-    files = WeightFiles(folder)
-    slots = llama_slots(config)
-    found = {name for name in files.names() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tied and "lm_head.weight" in found:
-        _check_tied(files, folder)
-        found.discard("lm_head.weight")
-    check_names(found, set(slots), folder)
-    with torch.device("meta"):
-        model = Llama(config)
-    model = model.to(dtype).to_empty(device=device)
-    fill(model, slots, files.items(slots), folder, progress)
-    lay_out_for_cpu(model)
-    return model.requires_grad_(False).eval()
-
-
-def _check_tied(files: WeightFiles, folder: Path) -> None:
-    if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
-        raise CheckpointError(f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding")
+def _check_fit(what: str, tensor: Tensor, target: Tensor) -> None:
+    if target.shape != tensor.shape:
+        raise CheckpointError(f"{what} has shape {list(tensor.shape)}, expected {list(target.shape)}")
+    if tensor.dtype in FLOAT8:
+        raise CheckpointError(f"{what} holds {tensor.dtype} values without their scales ({SCALE})")
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{what} holds {tensor.dtype} values; quantised weights are not supported")
 
 
 def export_tensors(module: nn.Module, slots: Mapping[str, Slot], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Published name -> contiguous CPU tensor, the inverse of `fill`."""
-    parameters = dict(module.named_parameters())
-    cuts = {name: _cut(parameters[slot.parameter].detach(), slot) for name, slot in slots.items()}
-    return {name: cut.to("cpu", dtype, copy=True).contiguous() for name, cut in cuts.items()}
-
-
-def save_llama(model: Llama, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write config.json and model.safetensors that transformers loads too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = export_tensors(model, llama_slots(model.config), dtype)
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    text = json.dumps(published_config(model.config, dtype), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
-    """The config.json of a Llama-style model with default rope."""
-    c = config
-    if c.architecture != "LlamaForCausalLM" or c.rope.kind != "default":
-        raise CheckpointError(f"only plain Llama configs can be written, not {c.architecture} with rope {c.rope.kind}")
-    eos = list(c.eos_token_ids) if len(c.eos_token_ids) > 1 else (c.eos_token_ids or (None,))[0]
-    return {
-        "architectures": [c.architecture],
-        "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope.theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope.theta},
-        "max_position_embeddings": c.max_position,
-        "attention_bias": c.qkv_bias,
-        "mlp_bias": c.mlp_bias,
-        "tie_word_embeddings": c.tied,
-        "bos_token_id": c.bos_token_id,
-        "eos_token_id": eos,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-    }
+    """Published name -> contiguous CPU tensor, the inverse of `fill`; parameters in `dtype`, buffers in their own."""
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    exported = {}
+    for name, slot in slots.items():
+        kept = buffers.get(slot.parameter)
+        cut = _cut((parameters[slot.parameter] if kept is None else kept).detach(), slot)
+        exported[name] = cut.to("cpu", dtype if kept is None else kept.dtype, copy=True).contiguous()
+    return exported

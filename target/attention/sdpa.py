@@ -6,6 +6,8 @@ faster backend.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,19 +18,29 @@ from target.errors import PlanError
 
 
 class SdpaPlan:
-    """Where a pass writes and reads, and what each query sees; masks are made on first use and shared by layers."""
+    """Where a pass writes and reads, and what each query sees; made on first use and shared by the layers.
+
+    So it may be made outside a recorded pass and is recorded with its first use. A used one is stale for new lengths.
+    """
 
     def __init__(self, batch: Batch, cache: PagedCache) -> None:
         if batch.longest < 1:
             raise PlanError("a batch must say how long its longest row is")
-        self.batch, self.length = batch, batch.longest
-        self.span = _contiguous(batch, cache.page_size)
-        if self.span is None:
-            self.write = batch.slots(cache.page_size, cache.pad_slot).flatten()
-            self.read = _read_slots(batch, self.length, cache.page_size)
-        else:
-            self.write = torch.arange(self.span.stop - batch.tokens.shape[1], self.span.stop)
+        self.batch, self.length, self._cache = batch, batch.longest, cache
+        self.span = None if batch.static else _contiguous(batch, cache.page_size)
         self._masks: dict[tuple[int | None, int], Tensor | None] = {}
+
+    @cached_property
+    def write(self) -> Tensor:
+        """[R * T] slots of the pass's own tokens."""
+        if self.span is not None:
+            return torch.arange(self.span.stop - self.batch.tokens.shape[1], self.span.stop)
+        return self.batch.slots(self._cache.page_size, self._cache.pad_slot).flatten()
+
+    @cached_property
+    def read(self) -> Tensor:
+        """[R * L] slots of all that the rows may see."""
+        return _read_slots(self.batch, self.length, self._cache.page_size)
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
         """Additive mask [R, 1, T * groups, L], None where every query sees everything."""

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from target.attention.base import bind
+from target.load import load_target
 from target.model import Hidden
-from target.weights import load_llama
 from tests.unit.targets import FAMILIES, LAYERS, Rig, reference_hidden, save_reference, some_tokens
 
 pytestmark = [
@@ -42,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def rigs(folder: Path) -> tuple[Rig, Rig]:
     """On the CPU and on the GPU."""
-    return Rig(load_llama(folder, torch.float32)), Rig(load_llama(folder, torch.float32, "cuda"))
+    return Rig(load_target(folder, torch.float32)), Rig(load_target(folder, torch.float32, "cuda"))
 
 
 def same(got: Hidden, expected: Hidden) -> None:
@@ -124,7 +124,7 @@ def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path, family: str) ->
     """As on the CPU: root-mean-square distance from float32 at most 1.25 times that of transformers."""
     exact = save_reference(tmp_path, family)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
-    theirs, ours = theirs.eval().cuda(), load_llama(tmp_path, torch.bfloat16, "cuda")
+    theirs, ours = theirs.eval().cuda(), load_target(tmp_path, torch.bfloat16, "cuda")
     mine, other = 0.0, 0.0
     for seed in range(8):
         tokens, rig = some_tokens(LENGTH, seed), Rig(ours)

@@ -12,15 +12,28 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from target.attention.base import bind
+from target.attention.mla import MlaAttention
 from target.attention.sdpa import SdpaAttention
 from target.batch import Batch, causal_positions
 from target.cache import PagedCache
-from target.llama import Llama
+from target.decoder import Decoder
+from target.load import load_target
 from target.model import Hidden
-from target.weights import load_llama
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -36,6 +49,18 @@ def rope(kind: str, **keys: object) -> dict[str, object]:
 
 
 YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)
+MSCALE = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}
+MOE = dict(num_experts_per_tok=3, moe_intermediate_size=24)  # rows of whole 16 bytes, also in bfloat16
+QWEN3_MOE = dict(**MOE, head_dim=16, num_experts=8)
+ROUTED = dict(
+    **MOE, n_routed_experts=8, n_shared_experts=2, n_group=4, topk_group=2, routed_scaling_factor=1.7,
+    first_k_dense_replace=1,
+)  # fmt: skip
+GLM4_MOE = dict(**ROUTED, head_dim=16)
+MLA = dict(
+    num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10
+)
+DEEPSEEK = dict(**MLA, **ROUTED)
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
@@ -57,6 +82,22 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2-window": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
     "qwen3": (Qwen3Config, {"head_dim": 16}),
     "qwen3-biases": (Qwen3Config, {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3_moe": (Qwen3MoeConfig, {**QWEN3_MOE, "norm_topk_prob": True}),
+    "qwen3_moe-sparse": (Qwen3MoeConfig, {**QWEN3_MOE, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+    "qwen3_moe-window": (Qwen3MoeConfig, {**QWEN3_MOE, "use_sliding_window": True, "sliding_window": 7}),
+    "glm4_moe": (Glm4MoeConfig, {**GLM4_MOE, "attention_bias": True, "use_qk_norm": True}),
+    "glm4_moe-plain": (Glm4MoeConfig, {**GLM4_MOE, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
+    "glm4_moe-rotary": (Glm4MoeConfig, {**GLM4_MOE, "partial_rotary_factor": 0.25, "head_dim": 32}),
+    "glm4_moe_lite": (
+        Glm4MoeLiteConfig,
+        {**MLA, **MOE, "n_routed_experts": 8, "mlp_layer_types": ["sparse", "dense", "sparse", "dense"]},
+    ),
+    "deepseek_v2": (DeepseekV2Config, {**DEEPSEEK, "topk_method": "group_limited_greedy"}),
+    "deepseek_v2-greedy": (DeepseekV2Config, {**DEEPSEEK, "topk_method": "greedy", "q_lora_rank": None}),
+    "deepseek_v2-yarn": (DeepseekV2Config, {**DEEPSEEK, "rope_parameters": {**MSCALE, "mscale": 0.7}}),
+    "deepseek_v3": (DeepseekV3Config, DEEPSEEK),
+    "deepseek_v3-yarn": (DeepseekV3Config, {**DEEPSEEK, "rope_parameters": MSCALE, "q_lora_rank": None}),
+    "deepseek_v3-halves": (DeepseekV3Config, {**DEEPSEEK, "rope_interleave": False, "norm_topk_prob": False}),
 }
 
 
@@ -64,7 +105,7 @@ class Twins(NamedTuple):
     """One set of weights in transformers and here."""
 
     theirs: PreTrainedModel
-    ours: Llama
+    ours: Decoder
     folder: Path
 
 
@@ -75,9 +116,11 @@ def save_reference(folder: Path, family: str, **changes: object) -> PreTrainedMo
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
+    corrections = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    for name, parameter in (*model.named_parameters(), *corrections):
         noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-        parameter.data = noise + float("norm" in name)
+        # corrections above zero: older transformers mask dropped groups with zeros, which must not win
+        parameter.data = noise.abs() if "correction" in name else noise + float("norm" in name)
     model.save_pretrained(folder)
     return model.requires_grad_(False)
 
@@ -86,7 +129,7 @@ def twins(
     folder: Path, family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: object
 ) -> Twins:
     theirs = save_reference(folder, family, **changes)
-    return Twins(theirs, load_llama(folder, dtype, device), folder)
+    return Twins(theirs, load_target(folder, dtype, device), folder)
 
 
 def reference_hidden(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Hidden:
@@ -101,11 +144,12 @@ def reference_hidden(model: PreTrainedModel, tokens: Tensor, **options: Any) -> 
 class Rig:
     """A model over its own paged cache; rows take pages in scattered order, or side by side."""
 
-    def __init__(self, model: Llama, page_size: int = 4, pages: int = 120, scattered: bool = True) -> None:
+    def __init__(self, model: Decoder, page_size: int = 4, pages: int = 120, scattered: bool = True) -> None:
         weight = model.embed.weight
         self.model, self.device = model, weight.device
         self.cache = PagedCache([model.cache_layers], pages, page_size, weight.dtype, weight.device)
-        self.attention = SdpaAttention(self.cache)
+        mla = model.config.mla
+        self.attention: Any = SdpaAttention(self.cache) if mla is None else MlaAttention(self.cache, mla.rank)
         order = (
             torch.randperm(pages - 1, generator=torch.Generator().manual_seed(7))
             if scattered

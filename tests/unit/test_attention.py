@@ -16,8 +16,8 @@ from target.attention.base import Attend
 from target.attention.sdpa import SdpaAttention, visible
 from target.batch import Batch, causal_positions
 from target.config import parse_config
+from target.decoder import Decoder, init_weights
 from target.errors import PlanError
-from target.llama import Llama, init_weights
 from target.model import Hidden
 from tests.unit.targets import Rig, some_tokens
 
@@ -32,14 +32,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def tiny(window: int | None = None) -> Llama:
+def tiny(window: int | None = None) -> Decoder:
     """Two layers; the first has the window, the second sees everything."""
     raw = dict(
         architectures=["Qwen2ForCausalLM"], vocab_size=53, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, sliding_window=window or 1, use_sliding_window=window is not None,
         layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
-    model = Llama(parse_config(raw))
+    model = Decoder(parse_config(raw))
     init_weights(model, torch.Generator().manual_seed(5), std=0.3)
     return model.requires_grad_(False).eval()
 
@@ -60,7 +60,7 @@ def attend_by_hand(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | No
     return torch.einsum("rhts,rshd->rthd", scores.softmax(-1), v)
 
 
-def plain(model: Llama, tokens: Sequence[int]) -> Tensor:
+def plain(model: Decoder, tokens: Sequence[int]) -> Tensor:
     """[1 + taps, T, H] of one plain sequence."""
     hidden = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], attend_by_hand, ALL)
     return torch.stack((hidden.final[0], *(t[0] for t in hidden.taps)))
@@ -85,7 +85,7 @@ class RandomTree:
     def depth(self, node: int) -> int:
         return len(self.path(node)) - 1
 
-    def expected(self, model: Llama, context: Sequence[int], node: int) -> Tensor:
+    def expected(self, model: Decoder, context: Sequence[int], node: int) -> Tensor:
         """[1 + taps, H]"""
         return plain(model, [*context, *(self.tokens[i] for i in self.path(node))])[:, -1]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from target.config import RopeConfig
 from target.layers import RMSNorm, lay_out_for_cpu
-from target.rope import Rope, rotate
+from target.rope import Rope, rotate, rotate_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,23 @@ def test_rotate_turns_pairs_of_the_two_halves() -> None:
             expected = torch.complex(x[0, t, :, i], x[0, t, :, i + 3]) * turn
             got = torch.complex(turned[0, t, :, i], turned[0, t, :, i + 3])
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rotate_pairs_turns_neighbours() -> None:
+    """The same rotations as of halves, of dimensions in another order."""
+    halves, pairs = Rope(RopeConfig(theta=100.0), 6), Rope(RopeConfig(theta=100.0), 6, interleaved=True)
+    x, positions = torch.randn(1, 4, 2, 6), torch.tensor([[0, 1, 5, 900]])
+    order = torch.tensor([0, 3, 1, 4, 2, 5])
+    expected = rotate(x, *halves(positions, torch.float32))[..., order]
+    torch.testing.assert_close(rotate_pairs(x[..., order], *pairs(positions, torch.float32)), expected)
+
+
+def test_rotate_leaves_the_end_of_a_longer_head_alone() -> None:
+    rope, x = Rope(RopeConfig(theta=100.0), 6), torch.randn(1, 4, 2, 10)
+    tables = rope(torch.arange(4)[None], torch.float32)
+    turned = rotate(x, *tables)
+    assert torch.equal(turned[..., 6:], x[..., 6:])
+    assert torch.equal(turned[..., :6], rotate(x[..., :6], *tables))
 
 
 KINDS = [

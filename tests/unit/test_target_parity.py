@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from target.attention.dense import attend_causal
+from target.attention.dense import attend_causal, dense_attend
+from target.load import load_target
 from target.model import Hidden
-from target.weights import load_llama
 from tests.unit.targets import FAMILIES, LAYERS, Rig, Twins, reference_hidden, save_reference, some_tokens, twins
 
 ALL = tuple(range(LAYERS + 1))
@@ -46,8 +46,11 @@ def same(got: Hidden, expected: Hidden) -> None:
 def test_the_references_differ_where_it_matters(tmp_path: Path) -> None:
     """Parity means nothing between models whose switches change nothing."""
     tokens, outputs = torch.tensor([some_tokens(LENGTH)]), {}
-    for family in ("llama", "llama-linear", "llama-llama3", "llama-yarn", "llama-yarn-exact", "llama-yarn-mscale",
-                   "llama-yarn-given", "mistral", "mistral-window", "qwen2", "qwen2-window"):  # fmt: skip
+    same_shapes = ("llama", "llama-linear", "llama-llama3", "llama-yarn", "llama-yarn-exact", "llama-yarn-mscale",
+                   "llama-yarn-given", "mistral", "mistral-window", "qwen2", "qwen2-window", "qwen3_moe",
+                   "qwen3_moe-window", "deepseek_v2", "deepseek_v2-yarn", "deepseek_v3",
+                   "deepseek_v3-halves")  # fmt: skip
+    for family in same_shapes:
         outputs[family] = save_reference(tmp_path / family, family)(tokens).logits
     names = list(outputs)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a.split("-")[0] == b.split("-")[0]]
@@ -80,11 +83,11 @@ def test_rows_of_different_lengths_in_one_batch(pair: Twins) -> None:
             )
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-biases", "mistral", "qwen2", "qwen3"])
-def test_without_a_cache(tmp_path: Path, family: str) -> None:
-    pair = twins(tmp_path, family)
+def test_without_a_cache(pair: Twins) -> None:
+    if any(pair.ours.config.windows) or pair.ours.config.rope.kind == "dynamic":
+        pytest.skip("dense attention has no windows, and transformers re-scales a dynamic rope by the prompt")
     tokens = torch.tensor([some_tokens(LENGTH), some_tokens(LENGTH, 1)])
-    got = pair.ours(tokens, torch.arange(LENGTH).expand(2, -1), attend_causal, ALL)
+    got = pair.ours(tokens, torch.arange(LENGTH).expand(2, -1), dense_attend(pair.ours.config), ALL)
     same(got, reference_hidden(pair.theirs, tokens))
 
 
@@ -124,23 +127,28 @@ def test_dynamic_rope_decodes_like_transformers_beyond_the_trained_length(tmp_pa
 # bfloat16
 
 
-def rms(x: torch.Tensor) -> float:
-    return float(x.float().pow(2).mean().sqrt())
+def rms(x: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension."""
+    return x.float().pow(2).mean(-1).sqrt()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-yarn", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "llama-yarn", "mistral-window", "qwen2", "qwen3", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3"],
+)
 def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path, family: str) -> None:
     """Both round to 8 bits at every step, in different places, so only the size of the errors can be compared.
 
-    Bound: our root-mean-square distance from float32 is at most 1.25 times that of transformers, over all positions of
-    8 sequences, for F and the logits, whole and token by token (measured: 0.82 to 0.95).
+    Bound: our root-mean-square distance from float32 is at most 1.25 times that of transformers at the median of all
+    positions of 8 sequences, for F and the logits, whole and token by token (measured: 0.76 to 1.05). The median,
+    because where rounding sends a token to another expert, what is compared is two models.
     """
     exact = save_reference(tmp_path, family)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager").eval()
-    ours = load_llama(tmp_path, torch.bfloat16)
+    ours = load_target(tmp_path, torch.bfloat16)
     ratios: list[float] = []
     for cut in (CUTS["whole"], CUTS["one by one"]):
-        errors = torch.zeros(4)
+        errors: list[torch.Tensor] = []
         for seed in range(8):
             tokens = some_tokens(LENGTH, seed)
             rig, ids = Rig(ours), torch.tensor([tokens])
@@ -150,6 +158,7 @@ def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path, family: str) ->
                 pairs = [(mine, truth.hidden_states[-1]), (other.hidden_states[-1], truth.hidden_states[-1]),
                          (ours.logits(mine), truth.logits), (other.logits, truth.logits)]  # fmt: skip
             assert mine.dtype == torch.bfloat16
-            errors += torch.tensor([rms(got.float() - true) ** 2 for got, true in pairs])
-        ratios += [float((errors[0] / errors[1]).sqrt()), float((errors[2] / errors[3]).sqrt())]
+            errors.append(torch.stack([rms(got.float() - true)[0] for got, true in pairs]))
+        size = torch.cat(errors, dim=1).median(dim=1).values
+        ratios += [float(size[0] / size[1]), float(size[2] / size[3])]
     assert max(ratios) < 1.25, ratios

@@ -1,0 +1,249 @@
+"""Adapters to kernels built elsewhere: FlashMLA behind the MLA seam, FlashAttention-3 behind the plain one.
+
+Owns: finding those builds, turning a batch into their arguments, and the life of their scheduler metadata. Must never
+know models or graphs.
+
+Builds are found by environment variable, as a shared library or a folder that holds one: SPECULATOR_FLASHMLA
+(_flashmla_C*.so) and SPECULATOR_FLASH3 (_vllm_fa3_C*.so). FlashMLA is also taken from the package `flash_mla`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from target.attention.splits import lengths
+from target.batch import Batch
+from target.cache import PagedCache
+from target.errors import PlanError
+
+FLASH_MLA_PAGE, FLASH_MLA_RANK, FLASH_MLA_DIM = 64, 512, 576
+
+
+# ---- FlashMLA ----
+
+
+class Scheduler(Protocol):
+    """FlashMLA's own metadata: empty, planned by the first call, reused by later ones."""
+
+    def __call__(self, q: Tensor, pages: Tensor, table: Tensor, stored: Tensor, scale: float, causal: bool) -> Tensor:
+        """q [R, T, H, 576], pages [N, 64, 1, 576], table [R, P] int32, stored [R] int32 -> [R, T, H, 512]."""
+
+
+class LibraryScheduler:
+    """Around the operator `_flashmla_C::dense_decode_fwd`."""
+
+    def __init__(self) -> None:
+        self._plan: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def __call__(self, q: Tensor, pages: Tensor, table: Tensor, stored: Tensor, scale: float, causal: bool) -> Tensor:
+        decode = torch.ops._flashmla_C.dense_decode_fwd
+        out, _, *plan = decode(q, pages, FLASH_MLA_RANK, stored, table, scale, causal, *self._plan, None)
+        self._plan = (plan[0], plan[1])
+        return out  # type: ignore[no-any-return]
+
+
+class PackageScheduler:
+    """Around the package `flash_mla`, of the releases whose metadata is lazy."""
+
+    def __init__(self) -> None:
+        package: Any = import_module("flash_mla")
+        self._decode, self._metadata = package.flash_mla_with_kvcache, package.get_mla_metadata()[0]
+
+    def __call__(self, q: Tensor, pages: Tensor, table: Tensor, stored: Tensor, scale: float, causal: bool) -> Tensor:
+        out, _ = self._decode(
+            q, pages, table, stored, FLASH_MLA_RANK, self._metadata, softmax_scale=scale, causal=causal
+        )
+        return out  # type: ignore[no-any-return]
+
+
+def find_flash_mla() -> type[LibraryScheduler] | type[PackageScheduler]:
+    """The build to use. Raises PlanError where there is none."""
+    if place := os.environ.get("SPECULATOR_FLASHMLA"):
+        load_build(place, "_flashmla_C*.so")
+        return LibraryScheduler
+    if find_spec("flash_mla") is None:
+        raise PlanError("the flash_mla backend needs the package flash_mla, or a build named by SPECULATOR_FLASHMLA")
+    return PackageScheduler
+
+
+def load_build(place: str, pattern: str) -> None:
+    """Register the operators of a library, or of the one in a folder that fits `pattern`. Raises PlanError."""
+    path = Path(place)
+    found = sorted(path.glob(pattern)) if path.is_dir() else [path]
+    if not found or not found[0].is_file():
+        raise PlanError(f"{place} is neither a library nor a folder with a {pattern}")
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        raise PlanError(f"{found[0]} cannot be loaded here: {error}") from error
+
+
+class FlashState(NamedTuple):
+    """What FlashMLA reads of a batch, and its metadata. Its mask wants a row's queries at the end of the row."""
+
+    table: Tensor  # [R, P] int32
+    stored: Tensor  # [R] int32
+    there: Tensor  # [R, T] which query goes to each place
+    back: Tensor  # [R, T] and where its result is found
+    padded: Tensor  # [R, T, 1, 1] bool
+    scheduler: Scheduler
+
+
+class FlashMla:
+    """`MlaBackend` of the real FlashMLA: chains only, pages of 64 tokens, latents of 512 + 64 in 16 bits."""
+
+    def __init__(self, cache: PagedCache, rank: int) -> None:
+        """Raises PlanError for a cache it cannot read, and where no build is found."""
+        layer = cache.layers[0]
+        if cache.page_size != FLASH_MLA_PAGE:
+            raise PlanError(f"FlashMLA reads pages of {FLASH_MLA_PAGE} tokens, not {cache.page_size}")
+        if rank != FLASH_MLA_RANK or layer.shape[-1] != FLASH_MLA_DIM:
+            raise PlanError(f"FlashMLA takes latents of 512 + 64, not {rank} + {layer.shape[-1] - rank}")
+        if layer.dtype not in (torch.bfloat16, torch.float16):
+            raise PlanError(f"FlashMLA computes in 16 bits, not in {layer.dtype}")
+        self._scheduler = find_flash_mla()
+
+    def check(self, batch: Batch) -> None:
+        if batch.ancestors is not None:
+            raise PlanError("FlashMLA has no tree mask: verify chains, or use the triton backend")
+
+    def prepare(self, batch: Batch, heads: int) -> FlashState:
+        queries = batch.tokens.shape[1]
+        step = torch.arange(queries, device=batch.tokens.device)
+        shift = queries - batch.counts[:, None]
+        return FlashState(
+            batch.pages.int(),
+            lengths(batch).int(),
+            (step - shift).clamp(min=0),
+            (step + shift).clamp(max=queries - 1),
+            (step >= batch.counts[:, None])[..., None, None],
+            self._scheduler(),
+        )
+
+    def attend(self, state: FlashState, batch: Batch, q: Tensor, latents: Tensor, scale: float) -> Tensor:
+        pages = latents.view(-1, FLASH_MLA_PAGE, 1, FLASH_MLA_DIM)
+        chain = q.shape[1] > 1
+        moved = _rows(q, state.there) if chain else q
+        out = state.scheduler(moved.contiguous(), pages, state.table, state.stored, scale, chain)
+        return (_rows(out, state.back) if chain else out).masked_fill(state.padded, 0)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [R, T, H, D] with the queries of each row in the order of index [R, T]."""
+    return x.gather(1, index[..., None, None].expand(x.shape))
+
+
+# ---- FlashAttention-3 ----
+
+
+class SchedulerMetadata:
+    """A plan of fixed address: made elsewhere for the lengths of now, copied here before kernels read it.
+
+    Kernels that were recorded go on reading this storage, so it is never replaced and never lent to another pass. A
+    plan that was not refreshed after its lengths changed is stale.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.values = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.filled = False
+
+    def refresh(self, values: Tensor) -> None:
+        """Copy a plan in; what is left of an older, longer one is cleared. Raises PlanError when it does not fit."""
+        count = values.numel()
+        if count > self.values.numel():
+            raise PlanError(f"a plan of {count} numbers does not fit the {self.values.numel()} of its storage")
+        self.values[:count].copy_(values)
+        self.values[count:].zero_()
+        self.filled = True
+
+
+@dataclass
+class Flash3Plan:
+    """One pass; the buffers are its own and refilled by `FlashAttention3.refresh`."""
+
+    batch: Batch
+    metadata: SchedulerMetadata
+    table: Tensor  # [R, P] int32
+    stored: Tensor  # [R] int32
+    counts: Tensor  # [R] int32
+    write: Tensor  # [R * T] int64
+
+
+class FlashAttention3:
+    """Paged attention by FlashAttention-3, with scheduler metadata in persistent storage and a fixed number of splits.
+
+    Its plan is not made by the kernel but before it: `run` refreshes a plan that never was, whoever changes lengths
+    calls `refresh`, inside a recorded pass or before each replay.
+    """
+
+    def __init__(self, cache: PagedCache, splits: int = 16) -> None:
+        """Raises PlanError where no build is found."""
+        place = os.environ.get("SPECULATOR_FLASH3")
+        if not place:
+            raise PlanError("the FlashAttention-3 backend needs a build named by SPECULATOR_FLASH3")
+        load_build(place, "_vllm_fa3_C*.so")
+        self.cache, self.splits = cache, splits
+
+    def plan(self, batch: Batch) -> Flash3Plan:
+        """Empty buffers of its own. Raises PlanError for trees, which FlashAttention-3 has no mask for."""
+        if batch.ancestors is not None:
+            raise PlanError("FlashAttention-3 has no tree mask: verify chains, or use another backend")
+        if batch.longest < 1:
+            raise PlanError("a batch must say how long its longest row is")
+        rows, queries = batch.tokens.shape
+        device = batch.tokens.device
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        metadata = SchedulerMetadata(scheduler_capacity(rows), device)
+        write = empty(rows * queries, dtype=torch.int64)
+        return Flash3Plan(batch, metadata, empty(*batch.pages.shape), empty(rows), empty(rows), write)
+
+    def refresh(self, plan: Flash3Plan, heads: int, kv_heads: int, dim: int, window: int | None = None) -> None:
+        """Derive all that depends on lengths again, into the same storage; device work only."""
+        batch = plan.batch
+        plan.table.copy_(batch.pages)
+        plan.stored.copy_(lengths(batch))
+        plan.counts.copy_(batch.counts)
+        plan.write.copy_(batch.slots(self.cache.page_size, self.cache.pad_slot).flatten())
+        rows, queries = batch.tokens.shape
+        made = torch.ops._vllm_fa3_C.get_scheduler_metadata(
+            rows, queries, batch.longest, heads, kv_heads, dim, dim, self.cache.layers[0].dtype, plan.stored,
+            None, None, None, plan.counts, None, self.cache.page_size, 0, True, *_window(window), False, self.splits,
+            None, 0,
+        )  # fmt: skip
+        plan.metadata.refresh(made)
+
+    def run(self, plan: Flash3Plan, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """q [R, T, heads, dim], k and v [R, T, kv_heads, dim] -> [R, T, heads, dim]; padding gives zeros."""
+        if not plan.metadata.filled:
+            self.refresh(plan, q.shape[2], k.shape[2], q.shape[3], window)
+        store = self.cache.layers[layer]
+        store.index_copy_(0, plan.write, torch.stack((k, v), dim=2).flatten(0, 1))
+        keys, values = (part.unflatten(0, (-1, self.cache.page_size)) for part in store.unbind(1))
+        out = torch.zeros_like(q)
+        torch.ops._vllm_fa3_C.fwd(
+            q.contiguous(), keys, values, None, None, None, out, None, None, None, plan.counts, plan.stored,
+            q.shape[1], plan.batch.longest, plan.table, None, None, None, None, None, None, None, None,
+            q.shape[3] ** -0.5, True, *_window(window), 0.0, True, plan.metadata.values, self.splits, None, 0,
+            None, 1, 0, None,
+        )  # fmt: skip
+        return out
+
+
+def scheduler_capacity(rows: int) -> int:
+    """int32 values that FlashAttention-3 may plan with for so many rows: four a row, rounded up, and a semaphore."""
+    return 4 * -(-rows // 4) * 4 + 4
+
+
+def _window(window: int | None) -> tuple[int, int]:
+    return (-1, -1) if window is None else (window - 1, 0)

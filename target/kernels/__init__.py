@@ -1,0 +1,1 @@
+"""Triton kernels. Importing one needs triton, so whoever uses it imports it lazily."""

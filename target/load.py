@@ -1,0 +1,46 @@
+"""Builds a target from a Hugging Face folder.
+
+Owns: the order of reading, checking and filling. Must never know drafting.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from target.config import load_config
+from target.decoder import Decoder
+from target.errors import CheckpointError
+from target.layers import lay_out_for_cpu
+from target.names import decoder_slots, mtp_names
+from target.weights import Progress, WeightFiles, check_names, fill
+
+
+def load_target(
+    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> Decoder:
+    """Load a target; CheckpointError names every missing, unknown or misshapen tensor.
+
+    The tensors of MTP modules in the folder are left to the head that reads them.
+    """
+    config = load_config(folder)
+    files = WeightFiles(folder, config.fp8_block)
+    found = files.names()
+    slots = decoder_slots(config, found)
+    found -= mtp_names(config, found) | {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    if config.tied and "lm_head.weight" in found:
+        _check_tied(files, folder)
+        found.discard("lm_head.weight")
+    check_names(found, set(slots), folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    model = model.to(dtype).to_empty(device=device)
+    fill(model, slots, files.items(slots), folder, progress)
+    lay_out_for_cpu(model)
+    return model.requires_grad_(False).eval()
+
+
+def _check_tied(files: WeightFiles, folder: Path) -> None:
+    if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+        raise CheckpointError(f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding")
