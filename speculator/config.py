@@ -61,10 +61,26 @@ class EngineConfig:
     max_context: int = 0  # tokens of one session; 0 is what the target was trained for
     prefill_chunk: int = 512  # longest piece of a prompt in one step
     threads: int = 0  # CPU threads of one pass; 0 is torch's own choice
+    memory_share: float = 0.9  # of a GPU that may be in use, other processes included
 
     def __post_init__(self) -> None:
         _within(self, "engine", page_size=(1, 1024), kv_tokens=(0, UNBOUNDED), max_sessions=(1, 4096))
+        _require(
+            0 < self.memory_share <= 1, f"engine.memory_share must be above 0 and at most 1, not {self.memory_share}."
+        )
         _within(self, "engine", max_context=(0, UNBOUNDED), prefill_chunk=(1, UNBOUNDED), threads=(0, 1024))
+
+
+@dataclass(frozen=True, slots=True)
+class GraphsConfig:
+    """Which passes are recorded at start-up and replayed. On a CPU the tape recorder stands in for CUDA graphs."""
+
+    mode: Literal["auto", "off", "split", "piecewise"] = "auto"  # auto: piecewise on a GPU, off on a CPU
+    rows: int = 0  # largest batch of rounds that is recorded; 0 is the engine's sessions, 32 at most
+    prompt_tokens: int = 1024  # largest prompt chunk that is recorded, over all rows of a step (piecewise)
+
+    def __post_init__(self) -> None:
+        _within(self, "graphs", rows=(0, 4096), prompt_tokens=(1, 8192))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +186,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    graphs: GraphsConfig = field(default_factory=GraphsConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)

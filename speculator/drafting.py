@@ -8,29 +8,30 @@ overwrites.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from speculator.heads.base import DraftHead
+from speculator.lookback import module_step
 from speculator.sampling import RowSampling, Stream, coupled_sample, draft_sample, gumbel, scores
 from speculator.tree import StaticLevel, TreeGrowth, static_levels
 from speculator.types import DraftShape
-from target.attention.base import bind
-from target.attention.sdpa import SdpaAttention
+from target.attention.base import Attention, bind
 from target.batch import Batch
 
 
 class Start(NamedTuple):
     """Where R rows draft from. `context` [R] tokens are cached; the committed length is one more."""
 
-    output: Tensor  # [R, H] the head's output at the last committed token
+    output: Tensor  # [R, modules, H] the newest true output of each of the head's modules
     context: Tensor  # [R] int64
     pages: Tensor  # [R, P] int64
     longest: int  # host-known bound on `context`
     sampling: RowSampling
     coupled: bool  # draw with the target's own noise, else with noise of the round
+    static: bool = False  # the tensors are refilled between runs of a recorded pass, `longest` bounds what is stored
 
 
 class Drafted(NamedTuple):
@@ -44,20 +45,36 @@ class Drafted(NamedTuple):
     ids: Sequence[int] = ()
 
 
-def draft(head: DraftHead, attention: SdpaAttention, start: Start, shape: DraftShape) -> Drafted:
+class Growing(Protocol):
+    """A draft under way: `step` adds level 1, then 2, up to `depth`; `done` is the draft."""
+
+    depth: int
+
+    def step(self, level: int) -> None: ...
+
+    def done(self) -> Drafted: ...
+
+
+def draft(head: DraftHead, attention: Attention[Any], start: Start, shape: DraftShape) -> Drafted:
     """Draft `shape` for every row."""
+    growing = begin(head, attention, start, shape)
+    for level in range(1, growing.depth + 1):
+        growing.step(level)
+    return growing.done()
+
+
+def begin(head: DraftHead, attention: Attention[Any], start: Start, shape: DraftShape) -> Growing:
+    """A draft of `shape` that is taken level by level, as recorded passes need it."""
     expand = Expansion(head, attention, start)
     if shape.parents:
-        return _static(expand, shape.parents)
-    if shape.is_chain:
-        return _chain(expand, shape.depth)
-    return _dynamic(expand, shape)
+        return _Static(expand, shape.parents)
+    return _Chain(expand, shape.depth) if shape.is_chain else _Dynamic(expand, shape)
 
 
 class Expansion:
     """Runs the head on drafted tokens and ranks what follows."""
 
-    def __init__(self, head: DraftHead, attention: SdpaAttention, start: Start) -> None:
+    def __init__(self, head: DraftHead, attention: Attention[Any], start: Start) -> None:
         self.head, self.attention, self.start = head, attention, start
         # filters shape q as they shape p; the repetition penalty stays with the target (q need not follow it)
         self.sampling = start.sampling._replace(any_penalty=False)
@@ -66,7 +83,13 @@ class Expansion:
 
     def root(self) -> Tensor:
         """[R, 1, H]"""
-        return self.start.output[:, None]
+        return self.start.output[:, :1]
+
+    def follow(self, above: Tensor, tokens: Sequence[Tensor], level: int) -> Tensor:
+        """Outputs [R, n, H] after a chain of `level` drafted tokens (each [R, 1]), the newest last."""
+        if self.head.lookback:
+            return module_step(self.head, self.attention, self.start, above, tokens, level)
+        return self.run(above, tokens[-1], level, level - 1, None)
 
     def run(self, parents: Tensor, tokens: Tensor, level: int, offset: int, ancestors: Tensor | None) -> Tensor:
         """Outputs [R, k, H] of drafted `tokens` [R, k] of depth `level`, given their parents' outputs [R, k, H].
@@ -77,13 +100,13 @@ class Expansion:
         start = self.start
         positions = (start.context + level - 1)[:, None].expand(rows, count)
         counts = torch.full_like(start.context, count)
-        longest = start.longest + offset + count
-        batch = Batch(tokens, positions, start.context, counts, start.pages, ancestors, offset, longest)
+        longest = start.longest + (0 if start.static else offset + count)
+        batch = Batch(tokens, positions, start.context, counts, start.pages, ancestors, offset, longest, start.static)
         return self.head(self.head.recycle(parents), tokens, positions, bind(self.attention, batch))  # type: ignore[no-any-return]
 
-    def values(self, outputs: Tensor) -> Tensor:
+    def values(self, outputs: Tensor, step: int = 0) -> Tensor:
         """Outputs [R, k, H] -> unnormalised log q [R, k, Vd] under the rows' temperature and filters."""
-        return scores(self.head.logits(outputs), self.sampling, None)
+        return scores(self.head.stage(step).logits(outputs), self.sampling, None)
 
     def counter(self, values: Tensor, level: int) -> Tensor:
         """[R, k] absolute positions of tokens of depth `level`, one for each of values [R, k, Vd]."""
@@ -112,23 +135,30 @@ class Expansion:
         return self.ids[ids], best, logq.gather(-1, ids)
 
 
-def _chain(expand: Expansion, depth: int) -> Drafted:
-    output = expand.root()
-    tokens, logprobs, distributions = list[Tensor](), list[Tensor](), list[Tensor]()
-    sampled = not (expand.start.coupled or expand.sampling.all_greedy)
-    for level in range(1, depth + 1):
+class _Chain:
+    """One token a level, drawn."""
+
+    def __init__(self, expand: Expansion, depth: int) -> None:
+        self.expand, self.output, self.depth = expand, expand.root(), depth
+        self.tokens, self.logprobs, self.distributions = list[Tensor](), list[Tensor](), list[Tensor]()
+        self.sampled = not (expand.start.coupled or expand.sampling.all_greedy)
+
+    def step(self, level: int) -> None:
+        expand = self.expand
         if level > 1:
-            output = expand.run(output, tokens[-1], level - 1, level - 2, None)
-        values = expand.values(output)
+            self.output = expand.follow(self.output, self.tokens, level - 1)
+        values = expand.values(self.output[:, -1:], level - 1)
         drawn = expand.draw(values, level)
         logq = values.log_softmax(-1)
-        tokens.append(expand.ids[drawn])
-        logprobs.append(logq.gather(-1, drawn[..., None])[..., 0])
-        if sampled:
-            distributions.append(_in_target_vocabulary(expand, logq))
-    parents = torch.arange(-1, depth - 1, device=output.device).expand(output.shape[0], depth)
-    q = torch.cat(distributions, dim=1) if sampled else None
-    return Drafted(torch.cat(tokens, dim=1), parents, torch.cat(logprobs, dim=1), q)
+        self.tokens.append(expand.ids[drawn])
+        self.logprobs.append(logq.gather(-1, drawn[..., None])[..., 0])
+        if self.sampled:
+            self.distributions.append(_in_target_vocabulary(expand, logq))
+
+    def done(self) -> Drafted:
+        parents = torch.arange(-1, self.depth - 1, device=self.output.device).expand(len(self.output), self.depth)
+        q = torch.cat(self.distributions, dim=1) if self.sampled else None
+        return Drafted(torch.cat(self.tokens, dim=1), parents, torch.cat(self.logprobs, dim=1), q)
 
 
 def _in_target_vocabulary(expand: Expansion, logq: Tensor) -> Tensor:
@@ -140,24 +170,33 @@ def _in_target_vocabulary(expand: Expansion, logq: Tensor) -> Tensor:
     return wide.scatter_(-1, expand.ids.expand_as(q), q)
 
 
-def _static(expand: Expansion, parents: Sequence[int]) -> Drafted:
+class _Static:
     """Fill a given tree: the r-th child of a node is the r-th best token after it."""
-    device, rows = expand.ids.device, expand.start.output.shape[0]
-    tokens = torch.zeros(rows, len(parents), dtype=torch.int64, device=device)
-    logprobs = torch.zeros(rows, len(parents), device=device)
-    outputs, offset = expand.root(), 0
-    for depth, level in enumerate(static_levels(parents), 1):
-        index = _index(level, device)
-        ids, _, logq = expand.ranked(outputs, depth, max(level.ranks) + 1)
-        tokens[:, index.nodes] = ids[:, index.parents, index.ranks]
-        logprobs[:, index.nodes] = logq[:, index.parents, index.ranks]
-        if level.expanded:
-            drafted = tokens[:, index.nodes[index.expanded]]
-            above = outputs[:, index.parents[index.expanded]]
-            masks = index.masks.expand(rows, -1)
-            outputs = expand.run(above, drafted, depth, offset, masks)
-            offset += len(level.expanded)
-    return Drafted(tokens, torch.tensor(parents, device=device).expand(rows, -1), logprobs)
+
+    def __init__(self, expand: Expansion, parents: Sequence[int]) -> None:
+        device, rows = expand.ids.device, expand.start.output.shape[0]
+        self.expand, self.outputs, self.offset = expand, expand.root(), 0
+        self.levels = static_levels(parents)
+        self.depth = len(self.levels)
+        self.parents = torch.tensor(parents, device=device).expand(rows, -1)
+        self.tokens = torch.zeros(rows, len(parents), dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, len(parents), device=device)
+
+    def step(self, level: int) -> None:
+        expand, this = self.expand, self.levels[level - 1]
+        index = _index(this, self.tokens.device)
+        ids, _, logq = expand.ranked(self.outputs, level, max(this.ranks) + 1)
+        self.tokens[:, index.nodes] = ids[:, index.parents, index.ranks]
+        self.logprobs[:, index.nodes] = logq[:, index.parents, index.ranks]
+        if this.expanded:
+            drafted = self.tokens[:, index.nodes[index.expanded]]
+            above = self.outputs[:, index.parents[index.expanded]]
+            masks = index.masks.expand(self.tokens.shape[0], -1)
+            self.outputs = expand.run(above, drafted, level, self.offset, masks)
+            self.offset += len(this.expanded)
+
+    def done(self) -> Drafted:
+        return Drafted(self.tokens, self.parents, self.logprobs)
 
 
 class _Index(NamedTuple):
@@ -174,17 +213,27 @@ def _index(level: StaticLevel, device: torch.device) -> _Index:
     return _Index(*(torch.tensor(part, dtype=torch.int64, device=device) for part in level))
 
 
-def _dynamic(expand: Expansion, shape: DraftShape) -> Drafted:
+class _Dynamic:
     """EAGLE-2's tree: expand the best k nodes of every level, keep the best `nodes` candidates of all."""
-    k = min(shape.branching, expand.ids.shape[0])
-    tokens, scores_, logq = expand.ranked(expand.root(), 1, k)
-    growth = TreeGrowth(scores_[:, 0], tokens[:, 0], logq[:, 0])
-    outputs = expand.root()
-    for level in range(1, shape.depth):
-        frontier = growth.frontier()
-        above = outputs.gather(1, frontier.parents[..., None].expand(-1, -1, outputs.shape[-1]))
-        outputs = expand.run(above, frontier.tokens, level, (level - 1) * k, frontier.masks)
-        tokens, scores_, logq = expand.ranked(outputs, level + 1, k)
-        growth.grow(scores_, tokens, logq)
-    grown = growth.select(tokens.new_zeros(tokens.shape[0]), shape.nodes)
-    return Drafted(grown.tree.tokens[:, 1:], grown.tree.parents[:, 1:] - 1, grown.logprobs[:, 1:])
+
+    def __init__(self, expand: Expansion, shape: DraftShape) -> None:
+        self.expand, self.nodes, self.outputs = expand, shape.nodes, expand.root()
+        self.depth = shape.depth
+        self.k = min(shape.branching, expand.ids.shape[0])
+
+    def step(self, level: int) -> None:
+        expand, k = self.expand, self.k
+        if level == 1:
+            tokens, scores_, logq = expand.ranked(self.outputs, 1, k)
+            self.growth = TreeGrowth(scores_[:, 0], tokens[:, 0], logq[:, 0])
+            return
+        frontier = self.growth.frontier()
+        above = self.outputs.gather(1, frontier.parents[..., None].expand(-1, -1, self.outputs.shape[-1]))
+        self.outputs = expand.run(above, frontier.tokens, level - 1, (level - 2) * k, frontier.masks)
+        tokens, scores_, logq = expand.ranked(self.outputs, level, k)
+        self.growth.grow(scores_, tokens, logq)
+
+    def done(self) -> Drafted:
+        root = self.expand.start.context
+        grown = self.growth.select(torch.zeros_like(root), self.nodes)
+        return Drafted(grown.tree.tokens[:, 1:], grown.tree.parents[:, 1:] - 1, grown.logprobs[:, 1:])

@@ -7,7 +7,7 @@ trusts the page tables it is given. All device work of a step is queued before t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,30 +15,42 @@ from torch import Tensor
 from speculator import drafting
 from speculator.errors import EngineFailedError, SpeculatorError
 from speculator.heads.base import DraftHead
+from speculator.lookback import Lookback, TrueRows
+from speculator.passes import Passes, eager_passes, gather_rows, rows_of, shifted
 from speculator.results import Committed, collect
 from speculator.rows import Rows
 from speculator.sampling import RowSampling, coupled_sample, scores, upload
 from speculator.tree import Tree, compaction, pack, seen_tokens
 from speculator.types import DraftShape, EngineInfo, Feed, Rule, SamplingParams, Step, StepResult, StepTimes
 from speculator.verify import DraftQ, Verdict, verify
-from target.attention.base import bind
-from target.attention.sdpa import SdpaAttention
 from target.batch import Batch, causal_positions
 from target.cache import PagedCache
+from target.decoder import Decoder
 from target.errors import PlanError
-from target.llama import Llama
-from target.model import Hidden
+
+CatchUp = Callable[[Batch, Tensor, Tensor], Tensor]
 
 
 class Engine:
     """Runs steps over rows. `head` None serves the target alone."""
 
-    def __init__(self, info: EngineInfo, model: Llama, head: DraftHead | None, cache: PagedCache) -> None:
+    def __init__(
+        self,
+        info: EngineInfo,
+        model: Decoder,
+        head: DraftHead | None,
+        cache: PagedCache,
+        passes: Passes | None = None,
+    ) -> None:
         self.info, self.model, self.head, self.cache = info, model, head, cache
         self.device = cache.layers[0].device
-        self.attention = SdpaAttention(cache)
+        self.passes: Passes = passes or eager_passes(model, head, cache)
         width = head.record.hidden_size if head else 1
-        self.rows = Rows(info.max_rows, width, info.vocab_size, cache.layers[0].dtype, self.device)
+        dtype, back = cache.layers[0].dtype, head.lookback if head else 0
+        self.rows = Rows(info.max_rows, width, info.vocab_size, dtype, self.device, 1 + back)
+        # heads of several modules run the rows again that rested on drafted tokens
+        feature = head.record.feature_size if head else 0
+        self.lookback = Lookback(info.max_rows, back, feature, dtype, self.device) if back else None
         self.times = StepTimes()
         self._drafts = 0
 
@@ -92,11 +104,12 @@ class Engine:
         sampling = self.rows.sampling([s.row for s in chosen])
         counts = self._ints([len(f.tokens) for f in feeds])
         batch = self._feed_batch(chosen, feeds, rows, counts)
-        hidden = self._target(batch)
+        fed = self.passes.feed(batch)
         self.rows.note(rows, batch.tokens, counts, sampling)
-        following, logprobs, finite = self._following(feeds, hidden, counts, batch, rows, sampling)
+        following, logprobs, finite = self._following(feeds, fed.final, counts, batch, rows, sampling)
         self.rows.note(rows, following[:, None], torch.ones_like(counts), sampling)
-        self._catch_up(chosen, batch, hidden, _shifted(batch.tokens, counts, following), rows)
+        true_rows = TrueRows(batch, fed.features, shifted(batch.tokens, counts, following))
+        self._catch_up(chosen, rows, true_rows, self.passes.feed_head)
         self.rows.cached[rows] = batch.context + counts
         sampled = self._ints([int(f.following is None) for f in feeds])
         return Committed(picked, following[:, None], sampled, torch.zeros_like(following[:, None]), logprobs, finite)
@@ -111,10 +124,10 @@ class Engine:
         return Batch(tokens, causal_positions(context, width), context, counts, self._pages(chosen), longest=longest)
 
     def _following(
-        self, feeds: Sequence[Feed], hidden: Hidden, counts: Tensor, batch: Batch, rows: Tensor, sampling: RowSampling
+        self, feeds: Sequence[Feed], final: Tensor, counts: Tensor, batch: Batch, rows: Tensor, sampling: RowSampling
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The token after each chunk [R], its log-probability [R, 1], and which rows are finite [R]."""
-        last = _gather(hidden.final, (counts - 1)[:, None])
+        last = gather_rows(final, (counts - 1)[:, None])
         finite = last.isfinite().all(-1).all(-1)
         known = self._ints([-1 if f.following is None else f.following for f in feeds])
         if all(f.following is not None for f in feeds):
@@ -136,17 +149,17 @@ class Engine:
         rows = self._ints([s.row for s in chosen])
         tree = pack([s.draft for s in chosen], [s.root for s in chosen], self.device)
         batch = self._verify_batch(chosen, tree, self.rows.cached[rows])
-        hidden = self._target(batch)
-        logits = self.model.logits(hidden.final)
+        features, logits = self.passes.verify(batch)
         verdict = self._judge(chosen, tree, logits, rows)
         if not tree.chain:
             self._keep_path(batch, verdict)
-            hidden = Hidden(_gather(hidden.final, verdict.path), tuple(_gather(t, verdict.path) for t in hidden.taps))
+            features = gather_rows(features, verdict.path)
         tokens = verdict.tokens.clamp(min=0)
         self.rows.note(rows, tokens, verdict.kept, self.rows.sampling([s.row for s in chosen]))
-        self._catch_up(chosen, _committed_batch(batch, tokens, verdict.kept), hidden, tokens, rows)
+        true_rows = TrueRows(_committed_batch(batch, tokens, verdict.kept), features, tokens)
+        self._catch_up(chosen, rows, true_rows, self.passes.catch_up)
         self.rows.cached[rows] = batch.context + verdict.kept
-        logprobs = _logprobs(_gather(logits, verdict.path), tokens)
+        logprobs = _logprobs(gather_rows(logits, verdict.path), tokens)
         finite = (logits.isfinite().all(-1) | ~tree.valid()).all(-1)
         return Committed(picked, verdict.tokens, verdict.kept, verdict.path, logprobs, finite)
 
@@ -199,26 +212,20 @@ class Engine:
         source, destination = compaction(verdict.path, verdict.kept, torch.zeros_like(verdict.kept))
         self.cache.move(slots.gather(1, source).flatten(), slots.gather(1, destination).flatten())
 
-    # the two models
+    # catch up: the head over committed tokens with true features
 
-    def _target(self, batch: Batch) -> Hidden:
-        taps = self.head.taps if self.head else ()
-        return self.model(batch.tokens, batch.positions, bind(self.attention, batch), taps)  # type: ignore[no-any-return]
-
-    def _catch_up(self, chosen: Sequence[Step], batch: Batch, hidden: Hidden, following: Tensor, rows: Tensor) -> None:
-        """Run the head over rows (feature t, token t + 1) and keep its last output; plain rows sit out."""
-        if self.head is None:
-            return
-        features = self.head.features(hidden)
+    def _catch_up(self, chosen: Sequence[Step], rows: Tensor, true_rows: TrueRows, run: CatchUp) -> None:
+        """Run the head over true rows and keep its newest outputs; sessions without speculation sit out."""
         picked = [i for i, s in enumerate(chosen) if self.rows.speculate[s.row]]
-        if not picked:
+        if self.head is None or not picked:
             return
         if len(picked) < len(chosen):
             index = self._ints(picked)
-            batch = _rows_of(batch, index)
-            features, following, rows = features[index], following[index], rows[index]
-        output = self.head(self.head.fuse(features), following, batch.positions, bind(self.attention, batch))
-        self.rows.output[rows] = _gather(output, (batch.counts - 1)[:, None])[:, 0]
+            batch, features, following = true_rows
+            true_rows, rows = TrueRows(rows_of(batch, index), features[index], following[index]), rows[index]
+        if self.lookback:
+            true_rows = self.lookback.extend(rows, true_rows)
+        self.rows.output[rows] = run(*true_rows)
 
     # propose
 
@@ -247,7 +254,7 @@ class Engine:
         )
         shape = chosen[0].propose
         assert shape is not None
-        return self._number(drafting.draft(self.head, self.attention, start, shape), picked, index)
+        return self._number(self.passes.draft(start, shape), picked, index)
 
     def _longest(self, context: Tensor, chosen: Sequence[Step]) -> int:
         """A bound on the cached length after this step's commits; exact where looking costs nothing."""
@@ -264,27 +271,10 @@ class Engine:
         return drafted._replace(steps=picked, ids=ids)
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """x [R, T, W] at index [R, D] -> [R, D, W]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p [R, D] of tokens [R, D] under raw logits [R, D, V]: before temperature and filters."""
     chosen = logits.gather(-1, tokens[..., None])[..., 0]
     return chosen.float() - logits.float().logsumexp(-1)
-
-
-def _shifted(tokens: Tensor, counts: Tensor, following: Tensor) -> Tensor:
-    """[R, T]: the token after each one; `following` [R] comes after the last valid one."""
-    shifted = torch.cat((tokens[:, 1:], tokens[:, :1]), dim=1)
-    return shifted.scatter(1, (counts - 1)[:, None], following[:, None])
-
-
-def _rows_of(batch: Batch, index: Tensor) -> Batch:
-    ancestors = None if batch.ancestors is None else batch.ancestors[index]
-    rows = (batch.tokens[index], batch.positions[index], batch.context[index], batch.counts[index], batch.pages[index])
-    return Batch(*rows, ancestors, batch.offset, batch.longest)
 
 
 def _committed_batch(batch: Batch, tokens: Tensor, kept: Tensor) -> Batch:

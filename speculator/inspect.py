@@ -13,34 +13,50 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from speculator.errors import CheckpointError
 from speculator.heads.detect import is_whole_model
 from speculator.heads.exact import ExactPlan, exact_pair
 from speculator.heads.folder import checkpoint_errors
-from speculator.heads.formats import HeadFile, field_value, read_head
+from speculator.heads.formats import read_head
 from speculator.heads.load import load_head
+from speculator.heads.mtp_exact import MtpPlan, exact_mtp
+from speculator.heads.mtp_names import find_modules
 from speculator.heads.overrides import Choice, show
 from speculator.heads.probe import Acceptance, AcceptanceProbe, DenseProbe
-from speculator.heads.reading import TargetFacts
+from speculator.heads.reading import HeadFile, TargetFacts, field_value
 from target.config import ModelConfig, load_config
-from target.llama import Llama
-from target.weights import WeightFiles, llama_slots
+from target.config_mla import MlaConfig
+from target.config_moe import MoeConfig
+from target.decoder import Decoder
+from target.names import decoder_slots, mtp_names
+from target.weights import WeightFiles
 
 MIN_GAIN = 0.05  # drafts per round below which a difference is of no interest
 SIGMAS = 4.0  # neighbouring rounds are not independent, so more than the usual 2
 
 
 def inspect_folder(path: Path, target: Path | None = None, overrides: Mapping[str, str] | None = None) -> str:
-    """The report on a target's or a head's folder. With the `target` folder a head is checked against it.
+    """The report on a target's or a head's folder, or on both where a target carries MTP modules.
+
+    With the `target` folder a head is checked against it.
 
     CheckpointError says what is wrong with a folder that cannot be used.
     """
     with checkpoint_errors(path):
         names = WeightFiles(path).names()
         if is_whole_model(names):
-            return _target_report(path, load_config(path), names)
-    facts = None if target is None else _facts(target)
-    return _head_report(read_head(path, facts, overrides), target)
+            config = load_config(path)
+            report = _target_report(path, config, names)
+            if find_modules(names, config) is None:
+                return report
+            return f"{report}\n{_head_report(_read(path, target, overrides), target)}"
+    return _head_report(_read(path, target, overrides), target)
+
+
+def _read(path: Path, target: Path | None, overrides: Mapping[str, str] | None) -> HeadFile:
+    return read_head(path, None if target is None else _facts(target), overrides)
 
 
 def _facts(folder: Path) -> TargetFacts:
@@ -49,12 +65,18 @@ def _facts(folder: Path) -> TargetFacts:
 
 
 def _target_report(path: Path, config: ModelConfig, names: set[str]) -> str:
-    expected = set(llama_slots(config))
-    rows = [(f.name, show(getattr(config, f.name))) for f in fields(config) if f.name != "windows"]
+    expected, modules = set(decoder_slots(config, names)), mtp_names(config, names)
+    rows = [(f.name, _value(getattr(config, f.name))) for f in fields(config) if f.name != "windows"]
     rows.append(("sliding windows", _windows(config)))
-    rows.append(("parameters", _millions(_target_parameters(config))))
-    rows.append(("tensors", _tensors_text(names, expected, config.tied)))
+    rows.append(("parameters", _millions(target_parameters(config))))
+    rows.append(("tensors", _tensors_text(names - modules, expected, config.tied)))
     return "\n".join([f"{path}: a target", *_table(rows)])
+
+
+def _value(value: object) -> str:
+    if isinstance(value, MlaConfig | MoeConfig):
+        return ", ".join(f"{f.name} {_value(getattr(value, f.name))}" for f in fields(value))
+    return show(tuple(sorted(value)) if isinstance(value, frozenset) else value)
 
 
 def _windows(config: ModelConfig) -> str:
@@ -62,11 +84,11 @@ def _windows(config: ModelConfig) -> str:
     return f"{len(windowed)} of {config.num_layers} layers, {windowed[0]} tokens" if windowed else "none"
 
 
-def _target_parameters(config: ModelConfig) -> int:
-    c = config
-    attention = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
-    layer = attention + 3 * c.hidden_size * c.intermediate_size
-    return c.num_layers * layer + c.vocab_size * c.hidden_size * (1 if c.tied else 2)
+def target_parameters(config: ModelConfig) -> int:
+    """Values of all weight matrices of a target."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
 
 
 def _tensors_text(names: set[str], expected: set[str], tied: bool) -> str:
@@ -162,7 +184,7 @@ def _finding_lines(finding: Finding) -> list[str]:
 
 
 def probe(
-    target: Llama,
+    target: Decoder,
     head_folder: Path,
     prompts: Sequence[Sequence[int]],
     alternatives: Mapping[str, Sequence[str]] | None = None,
@@ -176,8 +198,9 @@ def probe(
     """Measure a head's greedy acceptance over the values that its file may mean.
 
     `prompts` are token ids. `alternatives` maps a field to the override texts to try; by default those that the reader
-    of the folder knows: tap ids, norm_before_residual, norm_output (recycling), own_embed, rope.theta. `measure` runs
-    a head; by default a dense oracle that drafts chains of `depth` over `new_tokens` of the target's greedy text.
+    of the folder knows: tap ids (for MTP: F or B(n)), norm_before_residual, norm_output (recycling), own_embed,
+    rope.theta, zero_first. `measure` runs a head; by default a dense oracle that drafts chains of `depth` over
+    `new_tokens` of the target's greedy text.
     Fields are tried one at a time; a clearly better value is kept and the others are tried again on top of it.
     """
     given = dict(overrides or {})
@@ -195,7 +218,9 @@ def probe(
 class _Attempts:
     """Loads and measures the head under overrides, each combination once."""
 
-    def __init__(self, target: Llama, folder: Path, measure: AcceptanceProbe, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, target: Decoder, folder: Path, measure: AcceptanceProbe, progress: Callable[[str], None]
+    ) -> None:
         self.target, self.folder, self.measure, self.progress = target, folder, measure, progress
         self._known: dict[tuple[tuple[str, str], ...], Acceptance] = {}
 
@@ -269,12 +294,13 @@ def clearly_better(one: Acceptance, other: Acceptance) -> bool:
 def self_check() -> str:
     """Heads that are exact by construction must reach acceptance 1 in the probe; says so, or raises CheckpointError."""
     lines = []
-    for kind in ("eagle", "eagle3"):
-        plan = ExactPlan(kind=kind)
-        pair = exact_pair(plan)
-        prompts = [[(7 * i + 3 * j) % plan.vocab for j in range(8)] for i in range(3)]
+    pairs = {f"{kind} head": exact_pair(ExactPlan(kind=kind)) for kind in ("eagle", "eagle3")}
+    pairs |= {f"chain of {n} MTP modules": exact_mtp(MtpPlan(modules=n)) for n in (1, 3)}
+    for name, pair in pairs.items():
+        vocab = pair.target.config.vocab_size
+        prompts = [[(7 * i + 3 * j) % vocab for j in range(8)] for i in range(3)]
         measured = DenseProbe(pair.target, prompts, new_tokens=32, depth=5)(pair.head)
-        lines.append(f"exact {kind} head: {_acceptance(measured)}")
+        lines.append(f"exact {name}: {_acceptance(measured)}")
         if measured.rates != (1.0,) * 5:
             raise CheckpointError(f"{lines[-1]}; every rate must be 1, this installation computes wrongly")
     return "\n".join(lines)

@@ -12,22 +12,28 @@ from pathlib import Path
 
 import torch
 
+from graphs.errors import GraphError
+from graphs.memory import NO_GRAPHS, GraphEstimate, compare, cuda_meter, difference
+from graphs.recorder import CudaRecorder, Recorder
+from graphs.tape import TapeRecorder
 from speculator.config import Config
 from speculator.engine import Engine
 from speculator.errors import CheckpointError, ConfigError
 from speculator.heads.base import DraftHead
 from speculator.heads.load import load_head
+from speculator.passes import EagerPasses
+from speculator.recorded import RecordedPasses, Sizes
+from speculator.sizing import Load, cache_groups, measure
 from speculator.types import EngineInfo
 from target.cache import PagedCache, bytes_per_token
+from target.decoder import Decoder
 from target.errors import CheckpointError as TargetCheckpointError
-from target.llama import Llama
-from target.weights import load_llama
+from target.load import load_target as read_target
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # what is loaded, tensors done, tensors in all
 
 CPU_CACHE_BYTES = 2 << 30
-GPU_CACHE_SHARE = 0.8  # of what is free once the weights are in
 SCRATCH_TOKENS = 64 + 16 + 17  # an expansion of the deepest tree after the longest accepted path
 
 
@@ -36,14 +42,75 @@ def load_engine(config: Config, progress: Progress | None = None) -> Engine:
     device = resolve_device(config.model.device)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
-    target = load_target(config, device, progress)
-    head = _load_head(config, target, device, progress)
-    info = engine_info(config, target, head, device)
-    groups = [target.cache_layers] + ([head.cache_layers] if head else [])
+
+    def build() -> tuple[Decoder, DraftHead | None]:
+        target = load_target(config, device, progress)
+        return target, _load_head(config, target, device, progress)
+
+    return build_engine(config, device, build, progress)
+
+
+Build = Callable[[], tuple[Decoder, DraftHead | None]]
+
+
+def build_engine(config: Config, device: torch.device, build: Build, progress: Progress | None = None) -> Engine:
+    """An engine around the models that `build` puts on the device: cache sized, passes recorded."""
+    before = cuda_meter(device)() if device.type == "cuda" else None
+    target, head = build()
+    mode, sizes = graph_mode(config, device), graph_sizes(config, target)
+    sized = measure(target, head, _load(config, sizes, mode), before) if before else None
+    info = engine_info(config, target, head, sized.plan.pages if sized else _cpu_pages(config, target, head))
     dtype = next(target.parameters()).dtype
-    cache = PagedCache(groups, info.total_pages, info.page_size, dtype, device)
+    cache = PagedCache(cache_groups(target, head), info.total_pages, info.page_size, dtype, device)
     log.info("KV cache: %d pages of %d tokens, %.1f MiB", cache.pages, cache.page_size, cache.bytes / 2**20)
-    return Engine(info, target, head, cache)
+    engine = Engine(info, target, head, cache)
+    if mode != "off":
+        record_passes(engine, sizes, sized.graphs if sized else NO_GRAPHS, progress)
+    return engine
+
+
+def graph_mode(config: Config, device: torch.device) -> str:
+    """`auto` records where launching costs more than computing: on a GPU."""
+    if config.graphs.mode != "auto":
+        return config.graphs.mode
+    return "piecewise" if device.type == "cuda" else "off"
+
+
+def graph_sizes(config: Config, target: Decoder) -> Sizes:
+    """The shapes that recorded passes come in."""
+    page = config.engine.page_size
+    context = config.engine.max_context or target.config.max_position
+    return Sizes(
+        rows=config.graphs.rows or min(config.engine.max_sessions, 32),
+        pages=-(-(context + SCRATCH_TOKENS) // page),
+        page_size=page,
+        shape=config.draft.shape,
+        prompt_tokens=config.graphs.prompt_tokens if config.graphs.mode != "split" else 0,
+    )
+
+
+def record_passes(engine: Engine, sizes: Sizes, estimate: GraphEstimate, progress: Progress | None = None) -> None:
+    """Capture every shape of every pass; where that fails, the engine runs eager and says why."""
+    assert isinstance(engine.passes, EagerPasses)
+    cuda = engine.device.type == "cuda"
+    recorder: Recorder = CudaRecorder(engine.device) if cuda else TapeRecorder()
+    meter = cuda_meter(engine.device) if cuda else None
+    passes = RecordedPasses(engine.passes, recorder, sizes, engine.device)
+    before = meter() if meter else None
+    try:
+        passes.capture(progress)
+    except GraphError as error:
+        log.error("passes run eager, graphs could not be captured: %s", error)
+    engine.passes = passes
+    graphs = sum(len(manager.graphs) for manager in passes.managers)
+    log.info("%d graphs captured in %.1f s", graphs, passes.capture_seconds)
+    if meter and before:
+        compare(estimate, difference(before, meter()).taken)
+
+
+def _load(config: Config, sizes: Sizes, mode: str) -> Load:
+    engine = config.engine
+    return Load(sizes, engine.max_sessions, engine.prefill_chunk, mode != "off", engine.memory_share)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -56,7 +123,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_target(config: Config, device: torch.device, progress: Progress | None = None) -> Llama:
+def load_target(config: Config, device: torch.device, progress: Progress | None = None) -> Decoder:
     """The target in the dtype that `model.dtype` names; `auto` is float32 on a CPU, as stored on a GPU."""
     if not config.model.target:
         raise ConfigError("model.target is empty: name the folder of the target model")
@@ -64,7 +131,7 @@ def load_target(config: Config, device: torch.device, progress: Progress | None 
     try:
         dtype = _dtype(config.model.dtype, folder, device)
         tick = (lambda done, total: progress("target", done, total)) if progress else None
-        return load_llama(folder, dtype, device, tick)
+        return read_target(folder, dtype, device, tick)
     except TargetCheckpointError as error:
         raise CheckpointError(str(error)) from None
 
@@ -78,30 +145,36 @@ def _dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _load_head(config: Config, target: Llama, device: torch.device, progress: Progress | None) -> DraftHead | None:
+def _load_head(config: Config, target: Decoder, device: torch.device, progress: Progress | None) -> DraftHead | None:
     if not config.model.head:
         return None
     dtype = next(target.parameters()).dtype
     tick = (lambda done, total: progress("head", done, total)) if progress else None
-    return load_head(Path(config.model.head), target, dtype, device, config.model.head_overrides, tick)
+    return load_head(_head_folder(config), target, dtype, device, config.model.head_overrides, tick)
 
 
-def engine_info(config: Config, target: Llama, head: DraftHead | None, device: torch.device) -> EngineInfo:
-    """Limits and names of the engine about to be built."""
+def _head_folder(config: Config) -> Path:
+    """`mtp` names the modules inside the target's own folder."""
+    return Path(config.model.target if config.model.head == "mtp" else config.model.head)
+
+
+def engine_info(config: Config, target: Decoder, head: DraftHead | None, pages: int) -> EngineInfo:
+    """Limits and names of the engine about to be built; `pages` is what memory allows."""
     context = config.engine.max_context or target.config.max_position
-    tokens = config.engine.kv_tokens or _affordable_tokens(config, target, head, device, context)
     page = config.engine.page_size
-    name = config.model.served_name or Path(config.model.target).resolve().name
+    wanted = config.engine.kv_tokens or config.engine.max_sessions * (context + SCRATCH_TOKENS + page)
+    if config.engine.kv_tokens > pages * page:
+        log.warning("engine.kv_tokens asks for %d tokens, memory holds %d", config.engine.kv_tokens, pages * page)
     return EngineInfo(
-        target_model=name,
-        draft_model=Path(config.model.head).resolve().name if head else "",
+        target_model=config.model.served_name or Path(config.model.target).resolve().name,
+        draft_model=_head_folder(config).resolve().name if head else "",
         draft_method=head.record.kind if head else "none",
         vocab_size=target.config.vocab_size,
         eos_token_ids=target.config.eos_token_ids,
         max_context=context,
         max_rows=config.engine.max_sessions,
         page_size=page,
-        total_pages=-(-tokens // page) + 1,
+        total_pages=max(2, min(-(-wanted // page) + 1, pages)),
         scratch_tokens=SCRATCH_TOKENS,
         prefill_chunk=config.engine.prefill_chunk,
         default_shape=config.draft.shape,
@@ -109,17 +182,11 @@ def engine_info(config: Config, target: Llama, head: DraftHead | None, device: t
     )
 
 
-def _affordable_tokens(
-    config: Config, target: Llama, head: DraftHead | None, device: torch.device, context: int
-) -> int:
-    """Tokens of cache: all sessions at full length, or what memory allows."""
-    groups = [target.cache_layers] + ([head.cache_layers] if head else [])
-    each = bytes_per_token(groups, next(target.parameters()).dtype)
-    budget = CPU_CACHE_BYTES
-    if device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE)
-    wanted = config.engine.max_sessions * (context + SCRATCH_TOKENS + config.engine.page_size)
-    return min(wanted, budget // each)
+def _cpu_pages(config: Config, target: Decoder, head: DraftHead | None) -> int:
+    """What a fixed budget holds, or the tokens that were asked for."""
+    each = bytes_per_token(cache_groups(target, head), next(target.parameters()).dtype)
+    tokens = max(CPU_CACHE_BYTES // each, config.engine.kv_tokens)
+    return -(-tokens // config.engine.page_size) + 1
 
 
 def fingerprint(folder: Path) -> str:

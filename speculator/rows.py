@@ -16,12 +16,14 @@ from speculator.types import SamplingParams
 
 
 class Rows:
-    """State of `count` rows. `output` is the head's output at the last committed token, from which drafts start."""
+    """State of `count` rows. `output` are the newest true outputs of the head's modules, from which drafts start."""
 
-    def __init__(self, count: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, count: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device, modules: int = 1
+    ) -> None:
         self.device, self.vocab = device, vocab
         self.cached = torch.zeros(count, dtype=torch.int64, device=device)
-        self.output = torch.zeros(count, width, dtype=dtype, device=device)
+        self.output = torch.zeros(count, modules, width, dtype=dtype, device=device)
         self.params: list[SamplingParams] = [SamplingParams()] * count
         self.speculate = [False] * count
         self._seen: Tensor | None = None  # [count, V] bool, only once somebody asks for a repetition penalty

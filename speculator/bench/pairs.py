@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
 
 
-def load_pair(args: argparse.Namespace, rows: int = 1) -> Pair:
-    """The pair that the arguments name."""
+def load_pair(args: argparse.Namespace, rows: int = 1, more: Mapping[str, object] | None = None) -> Pair:
+    """The pair that the arguments name; `more` are further keys of the configuration."""
     target, head = args.target, args.head or ""
     if not target:
         pairs = find_pairs()
@@ -58,6 +59,7 @@ def load_pair(args: argparse.Namespace, rows: int = 1) -> Pair:
             raise ConfigError("No target is named and no bundled pair is here: give --target PATH and --head PATH.")
         target, head = str(pairs[0].target), str(pairs[0].head)
     sets = {"model.target": target, "model.head": head, "model.device": args.device, "engine.threads": args.threads}
+    sets |= more or {}
     config = load(None, [f"{key}={value}" for key, value in sets.items()] + [f"engine.max_sessions={rows}"])
     return Pair(load_engine(config), load_tokenizer(Path(target)), Path(target), head)
 

@@ -5,6 +5,7 @@ Must never measure anything.
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -29,7 +30,12 @@ def provenance() -> dict[str, object]:
 
 
 def commit() -> str:
-    """Short hash of the checkout the package lies in, with + when files differ from it."""
+    """Short hash of the checkout the package lies in, with + when files differ from it.
+
+    A copy without its repository takes the hash from the environment, SPECULATOR_COMMIT.
+    """
+    if named := os.environ.get("SPECULATOR_COMMIT"):
+        return named
     here = Path(__file__).parent
     try:
         name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)

@@ -48,6 +48,7 @@ Depth = Annotated[int | None, typer.Option(help="Levels of drafted tokens, 0 to 
 Branching = Annotated[int | None, typer.Option(help="1 drafts a chain, k > 1 a dynamic tree with top-k k.")]
 Nodes = Annotated[int | None, typer.Option(help="Drafted nodes of a dynamic tree, at most 63.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of one pass; 0 is torch's own choice.")]
+Graphs = Annotated[str | None, typer.Option(help="Recorded passes: auto, off, split or piecewise.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the configuration; repeatable."),
@@ -82,6 +83,7 @@ def serve(
     branching: Branching = None,
     nodes: Nodes = None,
     threads: Threads = None,
+    graphs: Graphs = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; another than loopback needs TLS.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Accept plain text on an open address.")] = False,
@@ -98,7 +100,7 @@ def serve(
     """
     from speculator.cli.run import run_server
 
-    flags = (config, target, head, device, dtype, depth, branching, nodes, threads)
+    flags = (config, target, head, device, dtype, depth, branching, nodes, threads, graphs)
     run_server(Flags(*flags, host, port, insecure or None, sets or ()))
 
 
@@ -130,6 +132,7 @@ def generate(
     branching: Branching = None,
     nodes: Nodes = None,
     threads: Threads = None,
+    graphs: Graphs = None,
     sets: Sets = None,
 ) -> None:
     """Write an answer to a prompt, streamed to stdout.
@@ -161,6 +164,7 @@ def demo(
     branching: Branching = None,
     nodes: Nodes = None,
     threads: Threads = None,
+    graphs: Graphs = None,
     sets: Sets = None,
 ) -> None:
     """Draft and verify a handful of prompts over gRPC, in colour, and check every text against plain decoding.

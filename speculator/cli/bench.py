@@ -13,6 +13,8 @@ import typer
 BENCHES = {
     "latency": ("speculator.bench.latency", "Tokens a second with and without drafts, beside transformers."),
     "acceptance": ("speculator.bench.acceptance", "Accept length and acceptance by position over prompt sets."),
+    "graphs": ("speculator.bench.graphs", "Recorded passes beside eager ones: speed, equality, what capture takes."),
+    "mla": ("speculator.bench.mla", "Lazily planned MLA attention on a GPU, beside the real FlashMLA."),
     "rpc": ("speculator.bench.rpc", "One step over gRPC beside a raw echo of the same bytes."),
 }
 

@@ -32,6 +32,7 @@ KEYS = {
     "branching": "draft.branching",
     "nodes": "draft.nodes",
     "threads": "engine.threads",
+    "graphs": "graphs.mode",
     "host": "server.host",
     "port": "server.port",
     "insecure": "server.insecure",
@@ -51,6 +52,7 @@ class Flags:
     branching: int | None = None
     nodes: int | None = None
     threads: int | None = None
+    graphs: str | None = None
     host: str | None = None
     port: int | None = None
     insecure: bool | None = None

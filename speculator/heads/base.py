@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from speculator.heads.record import HeadRecord
 from target.attention.base import Attend
 from target.cache import LayerShape
+from target.config import ModelConfig
 from target.layers import GatedMLP, RMSNorm, SelfAttention
 from target.model import Hidden
 from target.rope import Rope
@@ -25,6 +26,7 @@ class TargetWeights(NamedTuple):
 
     embed: Tensor  # [V, Ht]
     lm_head: Tensor  # [V, Ht]
+    config: ModelConfig | None = None  # for heads whose layers are of the target's own kind
 
 
 class DraftHead(nn.Module, ABC):
@@ -54,6 +56,35 @@ class DraftHead(nn.Module, ABC):
     @property
     def cache_layers(self) -> list[LayerShape]:
         return [LayerShape(self.record.num_kv_heads, self.record.head_dim)] * self.record.num_layers
+
+    @property
+    def latent(self) -> bool:
+        """Whether its layers cache one latent a token (MLA), as a target of that kind does."""
+        return self.cache_layers[0].parts == 1
+
+    @property
+    def lookback(self) -> int:
+        """Modules that follow this one; module k reads token t + 1 + k, so its last k rows wait for their tokens."""
+        return 0
+
+    def stage(self, step: int) -> DraftHead:
+        """The module that drafts after `step` drafted tokens."""
+        return self
+
+    def catch_up(self, hidden: Tensor, tokens: Tensor, positions: Tensor, counts: Tensor, attend: Attend) -> Tensor:
+        """Run the first `counts` [R] true rows through every module; see `forward` for the rest.
+
+        Returns [R, modules, H]: of module k the output at its last row whose tokens are known, `counts - 1 - k`. What
+        it makes of later rows is overwritten before anything sees it.
+        """
+        output, newest = hidden, list[Tensor]()
+        for k in range(self.lookback + 1):
+            if k:
+                hidden, tokens = self.stage(k - 1).recycle(output), tokens.roll(-1, dims=1)
+            output = self.stage(k)(hidden, tokens, positions, attend)
+            last = (counts - 1 - k).clamp(min=0)[:, None, None]
+            newest.append(output.gather(1, last.expand(-1, 1, output.shape[-1])))
+        return torch.cat(newest, dim=1)
 
     def features(self, hidden: Hidden) -> Tensor:
         """[R, T, feature_size] true features of a target pass."""

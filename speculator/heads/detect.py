@@ -38,14 +38,21 @@ _LAYER0_Q = "layers.0.self_attn.q_proj.weight"
 def detect(config: Mapping[str, Any], published: Collection[str], shapes: Shapes) -> str:
     """ "eagle" or "eagle3"; CheckpointError names the family of a head that is not run, or says what the folder is."""
     refused = _foreign_family(config, shapes)
-    if refused is None and any(_MTP.search(name) for name in published):
-        refused = "MTP"
+    if refused is None and mtp_like(published):
+        raise CheckpointError(
+            "this is a head of the MTP family, which is run from inside its target's folder only; give that folder"
+        )
     if refused is not None:
         raise CheckpointError(f"this is a head of the {refused} family, which is not run yet; EAGLE-1, 2 and 3 are")
     if _is_mla(shapes):
         raise CheckpointError("this is an EAGLE head with MLA attention (q_a_proj, kv_a_proj), which is not run yet")
     _refuse_switches(config)
     return _eagle_kind(config, published, shapes)
+
+
+def mtp_like(published: Collection[str]) -> list[str]:
+    """Names that MTP modules of any family have, in order."""
+    return sorted(name for name in published if _MTP.search(name))
 
 
 def _foreign_family(config: Mapping[str, Any], shapes: Shapes) -> str | None:

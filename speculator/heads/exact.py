@@ -23,15 +23,15 @@ from speculator.heads.eagle3 import Eagle3Head, WideLayer
 from speculator.heads.load import build_head
 from speculator.heads.record import HeadRecord
 from target.config import ModelConfig, RopeConfig
+from target.decoder import Decoder, DecoderLayer
 from target.layers import RMSNorm, SelfAttention
-from target.llama import DecoderLayer, Llama
 
 EPS = 1e-6
 FINAL = 4.0  # F is this much longer than B(n), so that a head fed with the wrong one is wrong
 
 
 class ExactPair(NamedTuple):
-    target: Llama
+    target: Decoder
     head: DraftHead
 
 
@@ -84,7 +84,7 @@ def exact_pair(plan: ExactPlan | None = None) -> ExactPair:
     """A float32 target on the CPU and the head that is exact for it."""
     plan = plan or ExactPlan()
     with torch.no_grad():
-        target = _target(plan)
+        target = exact_target(plan)
         head = _eagle(plan, target) if plan.kind == "eagle" else _eagle3(plan, target)
     return ExactPair(target.requires_grad_(False).eval(), head.requires_grad_(False).eval())
 
@@ -94,12 +94,12 @@ def _zeroed(module: torch.nn.Module) -> None:
         parameter.zero_()
 
 
-def _keep(norm: RMSNorm, ones: float, size: int, scale: float = 1.0) -> None:
+def keep_scale(norm: RMSNorm, ones: float, size: int, scale: float = 1.0) -> None:
     """Make a norm multiply by `scale` whatever stream has a squared length of `ones`."""
     norm.weight.fill_(scale * math.sqrt(ones / size + EPS))
 
 
-def _turn(vocab: int, steps: int) -> Tensor:
+def permutation(vocab: int, steps: int) -> Tensor:
     """Permutation matrix of token v -> v + steps."""
     return torch.eye(vocab).roll(steps, dims=0)
 
@@ -107,24 +107,25 @@ def _turn(vocab: int, steps: int) -> Tensor:
 # the target
 
 
-def _target(plan: ExactPlan) -> Llama:
-    target = Llama(_target_config(plan))
+def exact_target(plan: ExactPlan, config: ModelConfig | None = None) -> Decoder:
+    """The target of a plan, of `exact_config(plan)` or of another config with layers of the same sizes."""
+    target = Decoder(config or exact_config(plan))
     _zeroed(target)
     f = plan.fields
     target.embed.weight[:, f.now] = torch.eye(plan.vocab)
     target.embed.weight[:, f.mark] = torch.eye(plan.vocab)
     target.embed.weight[:, f.constant] = 1.0
     for i, layer in enumerate(target.layers):
-        assert isinstance(layer, DecoderLayer)
+        assert isinstance(layer, DecoderLayer) and isinstance(layer.attention, SelfAttention)
         _target_layer(plan, layer.attention, first=i == 0)
-        _keep(layer.input_norm, 3 if i == 0 else 4, f.size)
-    _keep(target.norm, 4, f.size, FINAL)
+        keep_scale(layer.input_norm, 3 if i == 0 else 4, f.size)
+    keep_scale(target.norm, 4, f.size, FINAL)
     assert target.lm_head is not None
-    target.lm_head.weight.copy_(_readout(plan) / FINAL)
+    target.lm_head.weight.copy_(target_readout(plan) / FINAL)
     return target
 
 
-def _target_config(plan: ExactPlan) -> ModelConfig:
+def exact_config(plan: ExactPlan) -> ModelConfig:
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=plan.vocab,
@@ -151,8 +152,8 @@ def _target_config(plan: ExactPlan) -> ModelConfig:
 
 def _target_layer(plan: ExactPlan, attention: SelfAttention, first: bool) -> None:
     """Turn the mark by one token; the first layer also fetches the past."""
-    f, heads = plan.fields, _Heads(attention, plan.target_theta)
-    turn = _turn(plan.vocab, 1) - torch.eye(plan.vocab)
+    f, heads = plan.fields, HandSetHeads(attention, plan.target_theta)
+    turn = permutation(plan.vocab, 1) - torch.eye(plan.vocab)
     heads.look_back(0, plan.lag if first else 0, f.constant, 1.0)
     heads.look_back(1, 0, f.constant, 1.0)
     if first:
@@ -160,7 +161,7 @@ def _target_layer(plan: ExactPlan, attention: SelfAttention, first: bool) -> Non
     heads.copy(1, f.mark, f.mark, turn)
 
 
-def _readout(plan: ExactPlan) -> Tensor:
+def target_readout(plan: ExactPlan) -> Tensor:
     """[V, H] lm_head: a successor of the last token, a successor of the past one, and a bar to what is never said."""
     f, said = plan.fields, plan.said
     weight = torch.zeros(plan.vocab, f.size)
@@ -184,7 +185,7 @@ def _successor(vocab: int, said: Tensor, step: int) -> Tensor:
     return matrix
 
 
-class _Heads:
+class HandSetHeads:
     """Sets attention heads by hand; every head has its own keys and values."""
 
     def __init__(self, attention: SelfAttention, theta: float) -> None:
@@ -250,13 +251,13 @@ def _own_table(plan: ExactPlan, head: DraftHead) -> Tensor:
     if head.embed is None:
         return torch.eye(plan.vocab)
     f = plan.fields
-    head.embed.weight[:, f.now] = _turn(plan.vocab, -7)
+    head.embed.weight[:, f.now] = permutation(plan.vocab, -7)
     head.embed.weight[:, f.mark] = torch.eye(plan.vocab)
     head.embed.weight[:, f.constant] = 1.0
-    return _turn(plan.vocab, -7)
+    return permutation(plan.vocab, -7)
 
 
-def _eagle(plan: ExactPlan, target: Llama) -> DraftHead:
+def _eagle(plan: ExactPlan, target: Decoder) -> DraftHead:
     """fc alone, in F's scale: the new token from the embedding, the past one from the feature's token."""
     head = build_head(_record(plan), target)
     assert isinstance(head, EagleHead)
@@ -279,7 +280,7 @@ class _Scales(NamedTuple):
     squares: float  # squared length of h
 
 
-def _eagle3(plan: ExactPlan, target: Llama) -> DraftHead:
+def _eagle3(plan: ExactPlan, target: Decoder) -> DraftHead:
     ids = plan.said if plan.draft_vocab else None
     head = build_head(_record(plan), target, ids)
     assert isinstance(head, Eagle3Head) and head.fc is not None
@@ -302,7 +303,7 @@ def _fuse(plan: ExactPlan, fc: Tensor, scales: _Scales) -> None:
     votes = _votes(len(plan.boundaries))
     for i, (k, vote) in enumerate(zip(plan.boundaries, votes, strict=True)):
         mark = slice(i * size + f.mark.start, i * size + f.mark.stop)
-        fc[f.now, mark] = _turn(plan.vocab, -k) * (vote * scales.now)
+        fc[f.now, mark] = permutation(plan.vocab, -k) * (vote * scales.now)
     last = (len(plan.boundaries) - 1) * size
     fc[f.past, last + f.past.start : last + f.past.stop] = torch.eye(plan.vocab) * scales.past
     fc[f.constant, last + f.constant] = scales.constant
@@ -320,11 +321,11 @@ def _eagle3_layer(plan: ExactPlan, head: Eagle3Head, scales: _Scales) -> None:
     """h_t, token t + 1 -> [token t + 1, its past, constant]: the residual is taken away, the new fields are added."""
     f, layer, s = plan.fields, head.layers[0], scales
     assert isinstance(layer, WideLayer) and layer.input_norm is not None
-    _keep(layer.input_norm, 3, f.size)
-    _keep(layer.hidden_norm, s.squares, f.size, s.normed)
+    keep_scale(layer.input_norm, 3, f.size)
+    keep_scale(layer.hidden_norm, s.squares, f.size, s.normed)
     left = s.normed if plan.norm_before_residual else 1.0  # the residual is left * h
     constant = f.size + f.constant  # of the normed h, in the input [embedding, normed h]
-    heads, eye = _Heads(layer.attention, plan.head_theta), torch.eye(plan.vocab)
+    heads, eye = HandSetHeads(layer.attention, plan.head_theta), torch.eye(plan.vocab)
     heads.look_back(0, plan.lag - 1, constant, s.normed * s.constant)
     for i in (1, 2, 3):
         heads.look_back(i, 0, constant, s.normed * s.constant)
@@ -338,9 +339,9 @@ def _eagle3_layer(plan: ExactPlan, head: Eagle3Head, scales: _Scales) -> None:
 
 
 def _eagle3_readout(plan: ExactPlan, head: Eagle3Head) -> None:
-    f, norm, readout = plan.fields, head.norm, _readout(plan)
+    f, norm, readout = plan.fields, head.norm, target_readout(plan)
     assert norm is not None and head.lm_head is not None
-    _keep(norm, 3, f.size)
+    keep_scale(norm, 3, f.size)
     places: tuple[slice | int, ...] = (f.now, f.past, f.constant)
     for place, factor in zip(places, _OUT, strict=True):
         norm.weight[place] *= factor

@@ -1,4 +1,4 @@
-"""Reads the folder of a published EAGLE head, whatever exporter wrote it, into one record.
+"""Reads the folder of a published head, whatever exporter wrote it, into one record.
 
 Owns: putting the record together, checking it against tensors and target, and the strictness about tensor names.
 Must never know devices, modules or what a head is used for.
@@ -7,54 +7,39 @@ Must never know devices, modules or what a head is used for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from speculator.errors import CheckpointError
+from speculator.heads.detect import is_whole_model
 from speculator.heads.folder import HeadFolder, checkpoint_errors, mapping
+from speculator.heads.mtp_file import read_mtp
 from speculator.heads.names import head_slots
-from speculator.heads.overrides import Choice, parse_overrides, show
-from speculator.heads.reading import Reading, TargetFacts
+from speculator.heads.overrides import parse_overrides
+from speculator.heads.reading import HeadFile, Reading, TargetFacts, note_overrides
 from speculator.heads.record import HeadRecord
 from speculator.heads.sizes import read_sizes
 from speculator.heads.switches import read_switches
 from speculator.heads.taps import check_boundaries
 from speculator.heads.vocabulary import read_vocabulary
-from target.weights import Slot, check_names
+from target.config import read_json
+from target.weights import Slot, WeightFiles, check_names
 
 
-@dataclass(frozen=True)
-class HeadFile:
-    """A head's folder, understood: everything that is needed to build and fill the module."""
+def read_head(
+    folder: Path, target: TargetFacts | None = None, overrides: Mapping[str, object] | None = None
+) -> HeadFile:
+    """Read a head's folder, or the MTP modules inside a target's.
 
-    folder: Path
-    record: HeadRecord
-    slots: Mapping[str, Slot]  # published name -> our parameter
-    tensors: Mapping[str, Tensor]  # published name -> tensor on the CPU, those of `slots`
-    target_ids: Tensor | None  # [Vd] int64
-    choices: tuple[Choice, ...]
-    unused: tuple[str, ...]  # published names that are known and not needed
-    warnings: tuple[str, ...]
-
-    @property
-    def parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-
-def read_head(folder: Path, target: TargetFacts | None = None, overrides: Mapping[str, str] | None = None) -> HeadFile:
-    """Read a head's folder. Without a target, what only it settles stays open and nothing is checked against it.
+    Without a target, what only it settles stays open and nothing is checked against it.
 
     CheckpointError says which file, key or tensor is wrong: missing, unknown, misshapen, of a family that is not run,
     or made for another target. ConfigError: an override that does not exist or does not parse.
     """
     parsed = parse_overrides(overrides or {})
     with checkpoint_errors(folder):
+        read_json(folder / "config.json")  # its errors come first
+        if is_whole_model(WeightFiles(folder).names()):
+            return read_mtp(folder, target, parsed)
         return _read(Reading(HeadFolder(folder), target, parsed))
 
 
@@ -62,7 +47,7 @@ def _read(reading: Reading) -> HeadFile:
     r = reading
     read = HeadRecord(kind=r.source.kind, **read_sizes(r), **read_vocabulary(r), **read_switches(r))
     record = r.overrides.apply(read)
-    _note_overrides(r, read, record)
+    note_overrides(r.choices, r.overrides, read, record)
     _check(r, record)
     _check_verifier(r)
     slots, published = _slots(r, record, read), r.source.published
@@ -76,18 +61,6 @@ def _read(reading: Reading) -> HeadFile:
         unused=tuple(sorted(published[name] for name in set(published) - set(slots))),
         warnings=tuple(r.warnings),
     )
-
-
-def _note_overrides(reading: Reading, read: HeadRecord, record: HeadRecord) -> None:
-    for name in reading.overrides.names():
-        old, new, known = field_value(read, name), field_value(record, name), reading.choices.get(name)
-        source = "override" if old == new else f"override, the file says {show(old)}"
-        reading.choices[name] = Choice(name, new, source, known.alternatives if known else ())
-
-
-def field_value(record: HeadRecord, name: str) -> object:
-    """A field by the name that an override takes ("rope.theta" is a part of `rope`)."""
-    return getattr(record.rope, name.removeprefix("rope.")) if name.startswith("rope.") else getattr(record, name)
 
 
 def _check(reading: Reading, record: HeadRecord) -> None:

@@ -17,24 +17,25 @@ from speculator.heads.base import DraftHead, TargetWeights
 from speculator.heads.eagle import EagleHead
 from speculator.heads.eagle3 import Eagle3Head
 from speculator.heads.folder import checkpoint_errors
-from speculator.heads.formats import HeadFile, read_head
-from speculator.heads.reading import TargetFacts
+from speculator.heads.formats import read_head
+from speculator.heads.mtp import MtpHead
+from speculator.heads.reading import HeadFile, TargetFacts
 from speculator.heads.record import HeadRecord
+from target.decoder import Decoder
 from target.layers import lay_out_for_cpu
-from target.llama import Llama
 from target.weights import Progress, fill
 
 log = logging.getLogger("speculator.heads")
 
-HEADS: dict[str, type[DraftHead]] = {"eagle": EagleHead, "eagle3": Eagle3Head}
+HEADS: dict[str, type[DraftHead]] = {"eagle": EagleHead, "eagle3": Eagle3Head, "mtp": MtpHead}
 
 
 def load_head(
     folder: Path,
-    target: Llama,
+    target: Decoder,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, object] | None = None,
     progress: Progress | None = None,
     *,
     target_name: str = "",
@@ -48,9 +49,9 @@ def load_head(
     if target.embed.weight.dtype != dtype:
         raise ConfigError(f"the head must run in the target's dtype {target.embed.weight.dtype}, not {dtype}")
     file = read_head(folder, TargetFacts.of(target.config, target_name), overrides)
-    log_choices(file)
     with torch.device("meta"):
         head = build_head(file.record, target)
+    log_choices(file, sum(parameter.numel() for parameter in head.parameters()))
     head = head.to(dtype).to_empty(device=device)
     head.target_ids = None if file.target_ids is None else file.target_ids.to(device)
     with checkpoint_errors(folder):
@@ -59,9 +60,9 @@ def load_head(
     return head.requires_grad_(False).eval()
 
 
-def build_head(record: HeadRecord, target: Llama, target_ids: Tensor | None = None) -> DraftHead:
+def build_head(record: HeadRecord, target: Decoder, target_ids: Tensor | None = None) -> DraftHead:
     """A head with fresh weights that borrows the target's embedding and lm_head; `target_ids` [Vd] iff record.d2t."""
-    shared = TargetWeights(target.embed.weight, target.head_weight)
+    shared = TargetWeights(target.embed.weight, target.head_weight, target.config)
     head = HEADS[record.kind](record, shared, target.config.num_layers)
     if target_ids is not None:
         head.target_ids = target_ids
@@ -82,9 +83,9 @@ def _with_rows(table: Tensor, rows: int) -> Tensor:
     return torch.cat((table, table.new_zeros(rows - table.shape[0], table.shape[1])))
 
 
-def log_choices(file: HeadFile) -> None:
+def log_choices(file: HeadFile, parameters: int) -> None:
     """The record, field by field with its source; what the file leaves open stands out."""
-    log.info("head %s: %s, %.1f million parameters", file.folder, file.record.kind, file.parameters / 1e6)
+    log.info("head %s: %s, %.1f million parameters", file.folder, file.record.kind, parameters / 1e6)
     for choice in file.choices:
         log.info("  %s", choice)
     for warning in file.warnings:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 from speculator.errors import CheckpointError
 from speculator.heads.record import HeadRecord
-from target.weights import Slot, attention_slots, mlp_slots
+from target.names import attention_slots, mlp_slots
+from target.weights import Slot
 
 # taken off in this order, each at most once
 _WRAPPERS = ("model.", "draft_model.", "logit_head.")

@@ -60,17 +60,26 @@ def show(value: object) -> str:
     return str(int(value)) if isinstance(value, float) else str(value)
 
 
-def parse_overrides(overrides: Mapping[str, str]) -> Overrides:
+def parse_overrides(overrides: Mapping[str, object]) -> Overrides:
     """`{"norm_before_residual": "true", "boundaries": "2,4,6", "rope.theta": "10000"}` -> typed values.
 
+    A configuration file may give the values themselves: true, [2, 4, 6], 10000.
     ConfigError names the known fields when one is unknown, and the expected form when a value does not parse.
     """
     whole: dict[str, Any] = {}
     rope: dict[str, Any] = {}
-    for name, text in overrides.items():
+    for name, value in overrides.items():
         place, key = (rope, name.removeprefix("rope.")) if name.startswith("rope.") else (whole, name)
-        place[key] = _parse(name, text.strip())
+        place[key] = _parse(name, _text(value))
     return Overrides(whole, rope)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value))
+    if isinstance(value, float):
+        return repr(value)
+    return show(tuple(value) if isinstance(value, list) else value).strip()
 
 
 def override_fields() -> dict[str, type | object]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from speculator.errors import ConfigError
 from speculator.heads.base import DraftHead
-from target.llama import Llama
+from target.attention.base import Attend
+from target.config import ModelConfig
+from target.decoder import Decoder
 
 
 class Acceptance(NamedTuple):
@@ -71,7 +73,8 @@ class UnrolledAttention:
     """Attention of the steps of drafting, started from every row at once; an `Attend`.
 
     Step 0 is causal over true-feature rows. In step j, row t stands for the j-th drafted row after true row t: it sees
-    the true rows up to t, and of each earlier drafted step and its own only the row at its own index.
+    the true rows up to t, and of each earlier drafted step and its own only the row at its own index. A layer that runs
+    for the first time in a later step (that of a further module) is causal there.
     """
 
     def __init__(self) -> None:
@@ -82,7 +85,7 @@ class UnrolledAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         self._steps[-1][layer] = (k, v)
-        (true_keys, true_values), *drafted = (step[layer] for step in self._steps)
+        (true_keys, true_values), *drafted = (step[layer] for step in self._steps if layer in step)
         scores = _scores(q, true_keys)
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         parts = [scores.masked_fill(future, -torch.inf)]
@@ -92,6 +95,19 @@ class UnrolledAttention:
         for i, (_, values) in enumerate(drafted, true_keys.shape[1]):
             out = out + weights[..., i].transpose(1, 2)[..., None].to(out.dtype) * _repeated(values, q)
         return out
+
+
+def fitting(attend: Attend, config: ModelConfig) -> Any:
+    """`attend` as the layers of this config call it: in those of MLA one latent per token is key and value."""
+    if config.mla is None:
+        return attend
+    rank = config.mla.rank
+
+    def over_latents(layer: int, q: Tensor, latent: Tensor, scale: float) -> Tensor:
+        shared = latent[:, :, None]
+        return attend(layer, q * (scale * math.sqrt(q.shape[-1])), shared, shared[..., :rank], None)
+
+    return over_latents
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:
@@ -124,10 +140,10 @@ class Text(NamedTuple):
 
 
 @torch.inference_mode()
-def greedy_text(target: Llama, prompt: Sequence[int], new_tokens: int) -> Text:
+def greedy_text(target: Decoder, prompt: Sequence[int], new_tokens: int) -> Text:
     """Continue a prompt by the target alone, until an end token."""
     device = target.embed.weight.device
-    attend = GrowingAttention()
+    attend = fitting(GrowingAttention(), target.config)
     tokens = torch.tensor([list(prompt)], device=device)
     step = tokens
     for _ in range(new_tokens):
@@ -141,22 +157,24 @@ def greedy_text(target: Llama, prompt: Sequence[int], new_tokens: int) -> Text:
 
 
 @torch.inference_mode()
-def accepted_lengths(target: Llama, head: DraftHead, text: Text, depth: int) -> list[int]:
+def accepted_lengths(target: Decoder, head: DraftHead, text: Text, depth: int) -> list[int]:
     """Drafts accepted out of `depth` in rounds that start at every generated token with `depth` tokens after it."""
     tokens = text.tokens
     rows = tokens.shape[1] - 1 - depth  # row t pairs feature t with token t + 1 and drafts tokens t + 2 ..
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    hidden = target(tokens[:, :rows], positions[:, :rows], GrowingAttention(), head.taps)
-    state, attend = head.fuse(head.features(hidden)), UnrolledAttention()
+    unrolled = UnrolledAttention()
+    whole, attend = fitting(GrowingAttention(), target.config), fitting(unrolled, target.config)
+    state = head.fuse(head.features(target(tokens[:, :rows], positions[:, :rows], whole, head.taps)))
     alive = torch.ones(rows, dtype=torch.bool, device=tokens.device)
     lengths = torch.zeros(rows, dtype=torch.long, device=tokens.device)
     for step in range(depth):
-        attend.next_step()
+        unrolled.next_step()
+        module = head.stage(step)
         fed, truth = tokens[:, step + 1 : step + 1 + rows], tokens[0, step + 2 : step + 2 + rows]
-        output = head(state, fed, positions[:, step : step + rows], attend)
-        alive &= drafted_tokens(head, output)[0] == truth
+        output = module(state, fed, positions[:, step : step + rows], attend)
+        alive &= drafted_tokens(module, output)[0] == truth
         lengths += alive
-        state = head.recycle(output)
+        state = module.recycle(output)
     return lengths[text.prompt - 1 :].tolist()
 
 
@@ -172,7 +190,7 @@ class DenseProbe:
     ConfigError when no prompt leads to more than `depth` new tokens.
     """
 
-    def __init__(self, target: Llama, prompts: Sequence[Sequence[int]], new_tokens: int = 64, depth: int = 5) -> None:
+    def __init__(self, target: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int = 64, depth: int = 5) -> None:
         self.target, self.depth = target, depth
         texts = [greedy_text(target, prompt, new_tokens) for prompt in prompts]
         self.texts = [text for text in texts if text.tokens.shape[1] > text.prompt + depth]

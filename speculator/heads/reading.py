@@ -1,18 +1,23 @@
-"""The state of reading one head's folder: what is known, what was chosen and why.
+"""Reading one head's folder: what is known of the target, what was chosen and why, and the outcome.
 
-Owns: the facts about the target that a head is checked against, and the list of choices. Must never know which key or
-tensor settles which field.
+Owns: the facts that a head is checked against, the list of choices, the folder as understood. Must never know which
+key or tensor settles which field.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from speculator.heads.folder import HeadFolder
-from speculator.heads.overrides import Choice, Overrides
+from speculator.heads.overrides import Choice, Overrides, show
+from speculator.heads.record import HeadRecord
 from target.config import ModelConfig
+from target.weights import Slot
 
 T = TypeVar("T")
 
@@ -31,6 +36,41 @@ class TargetFacts(NamedTuple):
     @classmethod
     def of(cls, config: ModelConfig, name: str = "") -> TargetFacts:
         return cls(config.hidden_size, config.vocab_size, config.num_layers, config.rope.theta, name)
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """A head's folder, understood: everything that is needed to build and fill the module."""
+
+    folder: Path
+    record: HeadRecord
+    slots: Mapping[str, Slot]  # published name -> our parameter
+    tensors: Mapping[str, Tensor]  # published name -> tensor on the CPU, those of `slots`
+    target_ids: Tensor | None  # [Vd] int64
+    choices: tuple[Choice, ...]
+    unused: tuple[str, ...]  # published names that are known and not needed
+    warnings: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def note_overrides(choices: dict[str, Choice], overrides: Overrides, read: HeadRecord, record: HeadRecord) -> None:
+    """Say of each overridden field what the file says, as `read`, and what holds now, as `record`."""
+    for name in overrides.names():
+        old, new, known = field_value(read, name), field_value(record, name), choices.get(name)
+        source = "override" if old == new else f"override, the file says {show(old)}"
+        choices[name] = Choice(name, new, source, known.alternatives if known else ())
+
+
+def field_value(record: HeadRecord, name: str) -> object:
+    """A field by the name that an override takes ("rope.theta" is a part of `rope`)."""
+    return getattr(record.rope, name.removeprefix("rope.")) if name.startswith("rope.") else getattr(record, name)
 
 
 class Reading:

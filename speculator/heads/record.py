@@ -15,7 +15,7 @@ from target.config import RopeConfig
 class HeadRecord:
     """A draft head as we run it; each field can be overridden by name when a file leaves it ambiguous."""
 
-    kind: str  # "eagle" (EAGLE-1/2) or "eagle3"
+    kind: str  # "eagle" (EAGLE-1/2), "eagle3" or "mtp"
     hidden_size: int  # H, width of the head
     target_hidden_size: int  # Ht
     vocab_size: int  # V, rows of the embedding
@@ -47,6 +47,9 @@ class HeadRecord:
     own_embed: bool = False  # else the target's embedding
     own_lm_head: bool = True  # else the target's (Vd == V), or the embedding when `lm_head_is_embed`
     lm_head_is_embed: bool = False
+    modules: int = 1  # MTP: modules in a row, each with a layer of its own
+    hidden_first: bool = False  # MTP: eh_proj reads [hidden, embedding] instead of [embedding, hidden]
+    zero_first: bool = False  # MTP: the embedding in row 0 is zero
     d2t: bool = False  # a draft vocabulary: target id = draft id + d2t[draft id]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,12 @@ from speculator.core import DrafterCore
 from speculator.engine import Engine
 from speculator.errors import CheckpointError
 from speculator.load import load_engine
-from speculator.local import generate
+from speculator.local import LocalSequence, generate
 from speculator.server import Server
 from speculator.tokenizer import load_tokenizer
-from speculator.types import DraftShape, SamplingParams
+from speculator.types import DraftShape, SamplingParams, Step, StepResult
 from target.attention.dense import attend_causal
-from target.weights import load_llama
+from target.load import load_target
 
 MODELS = Path(__file__).resolve().parents[2] / "deploy" / "models"
 QUESTIONS = ("What is a noun?", "Tom has 3 apples and buys 4.", "Write a function that adds.", "Tell me about the sea.")
@@ -35,9 +36,9 @@ def pair() -> Pair:
     return found[0]
 
 
-def engine_of(pair: Pair, sessions: int) -> Engine:
+def engine_of(pair: Pair, sessions: int, *more: str) -> Engine:
     sets = {"model.target": pair.target, "model.head": pair.head, "model.device": "cpu"}
-    return load_engine(load(None, [f"{k}={v}" for k, v in sets.items()] + [f"engine.max_sessions={sessions}"]))
+    return load_engine(load(None, [*(f"{k}={v}" for k, v in sets.items()), f"engine.max_sessions={sessions}", *more]))
 
 
 def prompts(pair: Pair, count: int) -> list[list[int]]:
@@ -55,7 +56,7 @@ def test_transformers_reads_the_target_and_agrees(pair: Pair) -> None:
 
     theirs, info = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    ours = load_llama(pair.target, torch.float32)
+    ours = load_target(pair.target, torch.float32)
     ids = torch.tensor([prompts(pair, 1)[0]])
     with torch.inference_mode():
         hidden = ours(ids, torch.arange(ids.shape[1])[None], attend_causal)
@@ -105,6 +106,47 @@ async def one(client: AsyncClient, prompt: list[int], sampling: Sampling, number
         async for _ in session:
             pass
         return list(session.output)
+
+
+RECORDED = ("graphs.rows=4", "graphs.prompt_tokens=128", "engine.max_context=192", "engine.prefill_chunk=64")
+
+
+@pytest.mark.parametrize("mode", ["split", "piecewise"])
+def test_recorded_passes_change_no_token_and_no_acceptance(pair: Pair, mode: str) -> None:
+    """Sessions that start together and end one by one, over hundreds of rounds, graphs off and on."""
+    plain, recorded = (engine_of(pair, 4, f"graphs.mode={m}", *RECORDED) for m in ("off", mode))
+    assert sessions_in_waves(recorded, pair) == sessions_in_waves(plain, pair)
+    counts = recorded.passes.counts  # type: ignore[attr-defined]
+    rounds = {name: c.share for name, c in counts.items() if not name.startswith("prompt")}
+    assert set(rounds.values()) == {1.0}
+    assert counts["prompt"].share == (1.0 if mode == "piecewise" else 0.0)
+
+
+def sessions_in_waves(engine: Engine, pair: Pair) -> list[tuple[list[int], list[int]]]:
+    """Tokens and accepted drafts a round, of every session."""
+    found, shape = [], engine.info.default_shape
+    for wave in range(3):
+        rows = [LocalSequence(engine, r, SamplingParams(0.8 * (r % 2), seed=wave), shape) for r in range(4)]
+        for row, prompt in zip(rows, prompts(pair, 4 * (wave + 1))[-4:], strict=True):
+            row.tokens = list(prompt)
+        accepted: list[list[int]] = [[] for _ in rows]
+        while any(row.cached < len(row.tokens) - 1 for row in rows):
+            live = [row for row in rows if row.cached < len(row.tokens) - 1]
+            for row, step, result in _stepped(engine, live, [row.feed() for row in live]):
+                row.take(step, result)
+        for number in range(20):
+            live = rows[: 4 - number // 6]
+            for row, step, result in _stepped(engine, live, [row.round() for row in live]):
+                row.take(step, result)
+                accepted[row.row].append(len(result.accepted))
+        found += [(row.tokens, counts) for row, counts in zip(rows, accepted, strict=True)]
+    return found
+
+
+def _stepped(
+    engine: Engine, rows: list[LocalSequence], steps: list[Step]
+) -> Iterator[tuple[LocalSequence, Step, StepResult]]:
+    yield from zip(rows, steps, engine.step(steps), strict=True)
 
 
 def test_a_head_of_another_target_is_refused(pair: Pair, tmp_path: Path) -> None:

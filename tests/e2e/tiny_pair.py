@@ -7,7 +7,7 @@ from pathlib import Path
 from speculator.bundled import Pair
 from speculator.heads.save import save_head
 from speculator.train.tokenizer import train_bpe
-from target.weights import save_llama
+from target.save import save_target
 from tests.unit.engines import tiny_head, tiny_target
 
 TEXTS = ("Why is the sky blue?", "Tell me a story about a fox.", "def add(a, b):\n    return a + b\n") * 4
@@ -19,7 +19,7 @@ def make_pair(folder: Path) -> Pair:
     sizes = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 512}
     target = tiny_target(3, eos_token_id=0, **sizes)
     head = tiny_head(target, "eagle3", vocab_size=tokenizer.vocab_size, draft_vocab_size=tokenizer.vocab_size)
-    save_llama(target, folder / "target")
+    save_target(target, folder / "target")
     tokenizer.save(folder / "target", 512)
     save_head(head, folder / "eagle3")
     return Pair(folder.name, folder / "target", folder / "eagle3")

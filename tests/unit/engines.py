@@ -15,7 +15,7 @@ from speculator.heads.record import HeadRecord
 from speculator.types import Draft, DraftShape, EngineInfo, Feed, SamplingParams, Step, StepResult
 from target.cache import PagedCache
 from target.config import ModelConfig, parse_config
-from target.llama import Llama, init_weights
+from target.decoder import Decoder, init_weights
 
 VOCAB = 61
 
@@ -35,8 +35,8 @@ def tiny_config(**changes: object) -> ModelConfig:
     return parse_config({**raw, **changes})
 
 
-def tiny_target(seed: int = 0, **changes: object) -> Llama:
-    model = Llama(tiny_config(**changes))
+def tiny_target(seed: int = 0, **changes: object) -> Decoder:
+    model = Decoder(tiny_config(**changes))
     init_weights(model, torch.Generator().manual_seed(seed), std=0.25)
     return model.requires_grad_(False).eval()
 
@@ -50,7 +50,7 @@ def tiny_record(kind: str, **changes: object) -> HeadRecord:
     return HeadRecord(**{**base, **changes})  # type: ignore[arg-type]
 
 
-def tiny_head(target: Llama, kind: str, seed: int = 1, **changes: object) -> DraftHead:
+def tiny_head(target: Decoder, kind: str, seed: int = 1, **changes: object) -> DraftHead:
     record = tiny_record(kind, **changes)
     build = EagleHead if kind == "eagle" else Eagle3Head
     head = build(record, TargetWeights(target.embed.weight, target.head_weight), target.config.num_layers)
@@ -63,7 +63,7 @@ def tiny_head(target: Llama, kind: str, seed: int = 1, **changes: object) -> Dra
     return head.to(target.embed.weight.device).requires_grad_(False).eval()
 
 
-def tiny_engine(target: Llama, head: DraftHead | None, rows: int = 8, page_size: int = 4, pages: int = 600) -> Engine:
+def tiny_engine(target: Decoder, head: DraftHead | None, rows: int = 8, page_size: int = 4, pages: int = 600) -> Engine:
     """An engine on the device of the target."""
     groups = [target.cache_layers] + ([head.cache_layers] if head else [])
     cache = PagedCache(groups, pages, page_size, torch.float32, target.embed.weight.device)

@@ -85,8 +85,11 @@ def test_overrides_inside_a_table_add_up() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("engin.page_size=1", "Unknown section 'engin'; known sections: draft, engine, model, sampling, server."),
-        ("engine.pagesize=1", "'pagesize'; known keys: kv_tokens, max_context, max_sessions, page_size"),
+        (
+            "engin.page_size=1",
+            "Unknown section 'engin'; known sections: draft, engine, graphs, model, sampling, server.",
+        ),
+        ("engine.pagesize=1", "'pagesize'; known keys: kv_tokens, max_context, max_sessions, memory_share, page_size"),
         ("engine.page_size=big", 'engine.page_size must be a whole number, not "big".'),
         ("engine.page_size=1.5", "engine.page_size must be a whole number, not 1.5."),
         ("engine.page_size=true", "engine.page_size must be a whole number, not true."),

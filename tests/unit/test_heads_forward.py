@@ -19,7 +19,7 @@ from speculator.heads.probe import GrowingAttention, UnrolledAttention
 from speculator.heads.record import HeadRecord
 from target.attention.dense import attend_causal
 from target.config import RopeConfig, parse_config
-from target.llama import Llama, init_weights
+from target.decoder import Decoder, init_weights
 from target.model import Hidden
 from target.weights import export_tensors
 
@@ -28,7 +28,7 @@ EPS, THETA = 1e-5, 5000.0
 Weights = Mapping[str, Tensor]
 
 
-def tiny_target() -> Llama:
+def tiny_target() -> Decoder:
     raw = {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": V,
@@ -37,7 +37,7 @@ def tiny_target() -> Llama:
         "num_hidden_layers": 8,
         "num_attention_heads": 4,
     }
-    target = Llama(parse_config(raw))
+    target = Decoder(parse_config(raw))
     init_weights(target, torch.Generator().manual_seed(0), std=0.3)
     return target.requires_grad_(False).eval()
 

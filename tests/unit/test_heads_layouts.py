@@ -18,13 +18,13 @@ from speculator.heads.record import HeadRecord
 from speculator.heads.save import LAYOUTS, save_head
 from target.attention.dense import attend_causal
 from target.config import RopeConfig, parse_config
-from target.llama import Llama, init_weights
+from target.decoder import Decoder, init_weights
 
 V, H, HT, LAYERS = 60, 32, 32, 8
 IDS = torch.tensor([0, 1, 2, 5, 7, 11, 12, 13, 20, 21, 22, 30, 33, 40, 58, 59])
 
 
-def tiny_target(**changes: object) -> Llama:
+def tiny_target(**changes: object) -> Decoder:
     raw: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": V,
@@ -34,13 +34,13 @@ def tiny_target(**changes: object) -> Llama:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    target = Llama(parse_config({**raw, **changes}))
+    target = Decoder(parse_config({**raw, **changes}))
     init_weights(target, torch.Generator().manual_seed(0), std=0.2)
     return target.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")
-def target() -> Llama:
+def target() -> Decoder:
     return tiny_target()
 
 
@@ -66,7 +66,7 @@ def record(kind: str, **changes: object) -> HeadRecord:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def random_head(target: Llama, made: HeadRecord, seed: int = 1) -> DraftHead:
+def random_head(target: Decoder, made: HeadRecord, seed: int = 1) -> DraftHead:
     head = build_head(made, target, IDS if made.d2t else None)
     generator = torch.Generator().manual_seed(seed)
     for parameter in head.parameters():
@@ -86,7 +86,7 @@ def outputs(head: DraftHead) -> list[Tensor]:
     return [head.logits(first), head.logits(second)]
 
 
-def assert_same(target: Llama, head: DraftHead, folder: Path) -> DraftHead:
+def assert_same(target: Decoder, head: DraftHead, folder: Path) -> DraftHead:
     loaded = load_head(folder, target, torch.float32)
     assert loaded.record == head.record
     assert loaded.first_layer == target.config.num_layers
@@ -144,14 +144,14 @@ ROUND_TRIPS = [
 
 
 @pytest.mark.parametrize(("layout", "name"), ROUND_TRIPS)
-def test_every_layout_reads_back_as_the_same_head(target: Llama, tmp_path: Path, layout: str, name: str) -> None:
+def test_every_layout_reads_back_as_the_same_head(target: Decoder, tmp_path: Path, layout: str, name: str) -> None:
     kind = LAYOUTS[layout].kind
     head = random_head(target, record(kind, **(EAGLE if kind == "eagle" else EAGLE3)[name]))
     save_head(head, tmp_path, layout, torch.float32)
     assert_same(target, head, tmp_path)
 
 
-def test_names_are_those_of_the_exporters(target: Llama, tmp_path: Path) -> None:
+def test_names_are_those_of_the_exporters(target: Decoder, tmp_path: Path) -> None:
     def names(layout: str, made: HeadRecord) -> set[str]:
         save_head(random_head(target, made), tmp_path / layout, layout)
         return set(load_file(str(tmp_path / layout / "model.safetensors")))
@@ -172,7 +172,7 @@ def test_names_are_those_of_the_exporters(target: Llama, tmp_path: Path) -> None
     assert "model.fc.weight" in names("eagle-vllm", record("eagle"))
 
 
-def test_weights_are_stored_in_bfloat16_unless_told(target: Llama, tmp_path: Path) -> None:
+def test_weights_are_stored_in_bfloat16_unless_told(target: Decoder, tmp_path: Path) -> None:
     save_head(random_head(target, record("eagle3")), tmp_path)
     tensors = load_file(str(tmp_path / "model.safetensors"))
     assert {t.dtype for name, t in tensors.items() if name not in ("d2t", "t2d")} == {torch.bfloat16}
@@ -180,7 +180,7 @@ def test_weights_are_stored_in_bfloat16_unless_told(target: Llama, tmp_path: Pat
     assert torch.equal(torch.arange(len(IDS)) + tensors["d2t"], IDS)
 
 
-def test_sharded_folders(target: Llama, tmp_path: Path) -> None:
+def test_sharded_folders(target: Decoder, tmp_path: Path) -> None:
     head = random_head(target, record("eagle3"))
     save_head(head, tmp_path, dtype=torch.float32)
     tensors = load_file(str(tmp_path / "model.safetensors"))
@@ -213,14 +213,14 @@ AUX_NORMS = {"fc_norm.0.": "aux_norm_low.", "fc_norm.1.": "aux_norm_mid.", "fc_n
         ({"num_layers": 2}, {"layers.1.input_layernorm.": "layers.1.hidden_norm."}),  # as SGLang names it
     ],
 )
-def test_other_spellings(target: Llama, tmp_path: Path, changes: dict[str, object], names: dict[str, str]) -> None:
+def test_other_spellings(target: Decoder, tmp_path: Path, changes: dict[str, object], names: dict[str, str]) -> None:
     head = random_head(target, record("eagle3", **changes))
     save_head(head, tmp_path, dtype=torch.float32)
     renamed(tmp_path, names)
     assert_same(target, head, tmp_path)
 
 
-def test_tables_that_follow_from_others_are_ignored(target: Llama, tmp_path: Path) -> None:
+def test_tables_that_follow_from_others_are_ignored(target: Decoder, tmp_path: Path) -> None:
     head = random_head(target, record("eagle3"))
     save_head(head, tmp_path, dtype=torch.float32)
     path = str(tmp_path / "model.safetensors")
@@ -261,7 +261,7 @@ def test_rope_stays_in_float32_in_a_half_precision_head(tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
-def test_saving_refuses_what_a_layout_cannot_say(target: Llama, tmp_path: Path) -> None:
+def test_saving_refuses_what_a_layout_cannot_say(target: Decoder, tmp_path: Path) -> None:
     head = random_head(target, record("eagle", num_layers=2))
     with pytest.raises(CheckpointError, match="single layer"):
         save_head(head, tmp_path, "eagle-speculators")

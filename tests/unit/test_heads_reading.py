@@ -16,23 +16,23 @@ from torch import Tensor
 
 from speculator.errors import CheckpointError, ConfigError
 from speculator.heads.d2t import mask, offsets, read_target_ids
-from speculator.heads.formats import HeadFile, read_head
+from speculator.heads.formats import read_head
 from speculator.heads.load import build_head, load_head
 from speculator.heads.overrides import parse_overrides, show
-from speculator.heads.reading import TargetFacts
+from speculator.heads.reading import HeadFile, TargetFacts
 from speculator.heads.record import HeadRecord
 from speculator.heads.save import save_head
 from speculator.heads.taps import IDS, read_taps
 from target.config import RopeConfig, parse_config
-from target.llama import Llama, init_weights
-from target.weights import save_llama
+from target.decoder import Decoder, init_weights
+from target.save import save_target
 
 V, H, N = 48, 32, 12
 FACTS = TargetFacts(hidden_size=H, vocab_size=V, num_layers=N, rope_theta=500000.0)
 DRAFTS = torch.tensor([0, 3, 4, 9, 10, 17, 40, 47])
 
 
-def tiny_target(**changes: object) -> Llama:
+def tiny_target(**changes: object) -> Decoder:
     raw: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": V,
@@ -41,13 +41,13 @@ def tiny_target(**changes: object) -> Llama:
         "num_hidden_layers": N,
         "num_attention_heads": 4,
     }
-    model = Llama(parse_config({**raw, **changes}))
+    model = Decoder(parse_config({**raw, **changes}))
     init_weights(model, torch.Generator().manual_seed(0))
     return model.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")
-def target() -> Llama:
+def target() -> Decoder:
     return tiny_target()
 
 
@@ -73,7 +73,7 @@ EAGLE = replace(
 class Folder:
     """A head's folder that a test bends."""
 
-    def __init__(self, path: Path, target: Llama, record: HeadRecord = RECORD, layout: str = "eagle3") -> None:
+    def __init__(self, path: Path, target: Decoder, record: HeadRecord = RECORD, layout: str = "eagle3") -> None:
         self.path = path
         head = build_head(record, target, DRAFTS if record.d2t else None)
         init_weights(head, torch.Generator().manual_seed(1))
@@ -109,12 +109,12 @@ class Folder:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, target: Llama) -> Folder:
+def folder(tmp_path: Path, target: Decoder) -> Folder:
     return Folder(tmp_path / "head", target)
 
 
 @pytest.fixture
-def eagle(tmp_path: Path, target: Llama) -> Folder:
+def eagle(tmp_path: Path, target: Decoder) -> Folder:
     return Folder(tmp_path / "eagle", target, EAGLE, "eagle")
 
 
@@ -201,8 +201,8 @@ def test_eagle_3_without_fc_is_known_by_its_wide_attention(folder: Folder) -> No
     folder.refused("1 missing tensors: layers.0.hidden_norm.weight")
 
 
-def test_a_target_is_not_a_head(tmp_path: Path, target: Llama) -> None:
-    save_llama(target, tmp_path)
+def test_a_target_is_not_a_head(tmp_path: Path, target: Decoder) -> None:
+    save_target(target, tmp_path)
     with pytest.raises(CheckpointError, match="a whole model, not a draft head; give it as the target"):
         read_head(tmp_path)
 
@@ -253,7 +253,7 @@ def test_tensors_win_over_a_wrong_config(folder: Folder) -> None:
     assert any("num_layers: config says 40, the tensors say 1" in text for text in file.warnings)
 
 
-def test_head_dim_comes_from_q_norm_config_or_the_quotient(tmp_path: Path, target: Llama, folder: Folder) -> None:
+def test_head_dim_comes_from_q_norm_config_or_the_quotient(tmp_path: Path, target: Decoder, folder: Folder) -> None:
     assert choice(folder.config(head_dim=...).read(), "head_dim") == "8 from hidden_size / config num_attention_heads"
     assert folder.read(head_dim="16").record.num_heads == 2
     normed = Folder(tmp_path / "normed", target, replace(RECORD, qk_norm=True)).config(head_dim=16)
@@ -273,7 +273,7 @@ def test_rope_of_transformers_5(folder: Folder) -> None:
     assert (record.rope.kind, record.rope.theta, record.rope.scaling["factor"]) == ("yarn", 7e4, 4.0)
 
 
-def test_speculators_keys_left_out_mean_the_class_defaults(tmp_path: Path, target: Llama) -> None:
+def test_speculators_keys_left_out_mean_the_class_defaults(tmp_path: Path, target: Decoder) -> None:
     made = Folder(tmp_path, target, layout="speculators")
     inner = json.loads((tmp_path / "config.json").read_text())["transformer_layer_config"]
     for key in ("rms_norm_eps", "rope_theta", "num_attention_heads", "hidden_size"):
@@ -282,7 +282,7 @@ def test_speculators_keys_left_out_mean_the_class_defaults(tmp_path: Path, targe
     assert (file.record.norm_eps, file.record.rope.theta) == (1e-6, 10000.0)
 
 
-def test_a_config_for_vllm_nests_the_sizes(tmp_path: Path, target: Llama) -> None:
+def test_a_config_for_vllm_nests_the_sizes(tmp_path: Path, target: Decoder) -> None:
     record = replace(EAGLE, rope=RopeConfig(5e5))
     assert Folder(tmp_path, target, record, "eagle-vllm").read().record.rope.theta == 5e5
 
@@ -326,14 +326,14 @@ def test_both_norms_before_fc_exclude_each_other(folder: Folder) -> None:
     folder.set(**norms, **{"input_norm.weight": torch.ones(3 * H)}).refused("exclude each other")
 
 
-def test_layernorms_of_eagle_1_recycle_the_normed_output(tmp_path: Path, target: Llama) -> None:
+def test_layernorms_of_eagle_1_recycle_the_normed_output(tmp_path: Path, target: Decoder) -> None:
     norms = {"embedding_norm": True, "fused_norm": True, "head_norm": True, "norm_output": True}
     made = Folder(tmp_path, target, replace(EAGLE, **norms), "eagle-speculators").config(norm_output=...)  # type: ignore[arg-type]
     file = made.read()
     assert file.record.norm_output and choice(file, "norm_output").startswith("ambiguous true from vLLM")
 
 
-def test_layers_of_two_widths(tmp_path: Path, target: Llama) -> None:
+def test_layers_of_two_widths(tmp_path: Path, target: Decoder) -> None:
     plain = Folder(tmp_path / "plain", target, replace(RECORD, num_layers=2)).read().record
     wide = Folder(tmp_path / "wide", target, replace(RECORD, num_layers=2, wide_layers=True)).read().record
     assert (plain.wide_layers, wide.wide_layers) == (False, True)
@@ -461,6 +461,21 @@ def test_heads_for_another_target(folder: Folder, eagle: Folder) -> None:
 # overrides
 
 
+def test_overrides_of_a_configuration_file_are_values() -> None:
+    given = {
+        "norm_output": True,
+        "boundaries": [2, 4, 6],
+        "modules": 2,
+        "rope.theta": 1234567.5,
+        "rope.scaling": {"factor": 2},
+    }
+    parsed = parse_overrides(given)
+    assert parsed.fields == {"norm_output": True, "boundaries": (2, 4, 6), "modules": 2}
+    assert parsed.rope == {"theta": 1234567.5, "scaling": {"factor": 2}}
+    with pytest.raises(ConfigError, match="modules=true: expected an integer"):
+        parse_overrides({"modules": True})
+
+
 def test_overrides_are_typed() -> None:
     parsed = parse_overrides(
         {
@@ -511,7 +526,9 @@ def test_overrides_cannot_invent_tensors(folder: Folder) -> None:
 # loading
 
 
-def test_the_record_is_logged_with_its_sources(folder: Folder, target: Llama, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_record_is_logged_with_its_sources(
+    folder: Folder, target: Decoder, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, logger="speculator.heads"):
         load_head(folder.path, target, torch.float32, overrides={"norm_output": "true"})
     assert "boundaries = 2,6,9  [config eagle_aux_hidden_state_layer_ids, read as boundaries]" in caplog.text
@@ -520,7 +537,7 @@ def test_the_record_is_logged_with_its_sources(folder: Folder, target: Llama, ca
     assert "norm_output = true  [override, the file says false]" in caplog.text
 
 
-def test_another_verifier_is_a_warning(tmp_path: Path, target: Llama, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_verifier_is_a_warning(tmp_path: Path, target: Decoder, caplog: pytest.LogCaptureFixture) -> None:
     made = Folder(tmp_path, target, layout="speculators")
     verifier = {"verifier": {"name_or_path": "org/Some-Model-8B"}}
     made.config(speculators_config=verifier)
@@ -530,7 +547,7 @@ def test_another_verifier_is_a_warning(tmp_path: Path, target: Llama, caplog: py
     assert "names org/Some-Model-8B as its verifier, the target is other" in caplog.text
 
 
-def test_broken_weights(folder: Folder, target: Llama) -> None:
+def test_broken_weights(folder: Folder, target: Decoder) -> None:
     def load() -> None:
         load_head(folder.path, target, torch.float32)
 
@@ -548,12 +565,12 @@ def test_weights_that_overflow_in_half_precision(folder: Folder) -> None:
         load_head(folder.path, tiny_target().to(torch.float16), torch.float16)
 
 
-def test_the_head_shares_the_targets_dtype(folder: Folder, target: Llama) -> None:
+def test_the_head_shares_the_targets_dtype(folder: Folder, target: Decoder) -> None:
     with pytest.raises(ConfigError, match="must run in the target's dtype torch.float32"):
         load_head(folder.path, target, torch.bfloat16)
 
 
-def test_progress_counts_tensors(folder: Folder, target: Llama) -> None:
+def test_progress_counts_tensors(folder: Folder, target: Decoder) -> None:
     seen: list[tuple[int, int]] = []
     load_head(folder.path, target, torch.float32, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, 13) for i in range(13)]

@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from speculator.errors import CheckpointError, ConfigError
 from speculator.heads.base import DraftHead
 from speculator.heads.exact import ExactPlan, exact_pair
+from speculator.heads.mtp import MtpHead
+from speculator.heads.mtp_exact import MtpPlan, exact_mtp
+from speculator.heads.mtp_save import save_mtp
 from speculator.heads.probe import Acceptance, DenseProbe
 from speculator.heads.save import save_head
 from speculator.heads.taps import IDS
 from speculator.inspect import ProbeReport, Verdict, clearly_better, inspect_folder, probe, self_check
-from target.weights import save_llama
+from target.save import save_target
 
 PROMPTS = [[(5 * i + 3 * j * j) % 24 for j in range(10)] for i in range(3)]
 
@@ -174,7 +177,7 @@ def test_prompts_that_end_too_soon() -> None:
 
 
 def test_self_check_says_that_the_arithmetic_is_right() -> None:
-    assert self_check().count("1.000 1.000 1.000 1.000 1.000") == 2
+    assert self_check().count("1.000 1.000 1.000 1.000 1.000") == 4
 
 
 def test_self_check_fails_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,12 +186,50 @@ def test_self_check_fails_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
         self_check()
 
 
+MTP_TRUTHS: list[tuple[MtpPlan, dict[str, str]]] = [
+    (MtpPlan(hidden_first=True), {}),
+    (MtpPlan(hidden_first=True, raw_input=True), {"boundaries": "6"}),
+    (MtpPlan(hidden_first=True, raw_input=True, norm_output=False), {"boundaries": "6", "norm_output": "false"}),
+]
+
+
+def saved_with_modules(path: Path, plan: MtpPlan) -> Path:
+    target, head = exact_mtp(plan)
+    assert isinstance(head, MtpHead)
+    save_target(target, path, torch.float32)
+    save_mtp(head, path, torch.float32)
+    return path
+
+
+@pytest.mark.parametrize(("plan", "truth"), MTP_TRUTHS)
+def test_the_probe_finds_what_fits_mtp_modules(tmp_path: Path, plan: MtpPlan, truth: dict[str, str]) -> None:
+    """F or B(n), which side of the norm is recycled, and whether row 0 was zeroed (which hardly ever shows)."""
+    folder = saved_with_modules(tmp_path, plan)
+    report = probe(exact_mtp(plan).target, folder, PROMPTS, new_tokens=24, depth=4)
+    assert report.suggested == truth
+    assert report.reached.rates == (1.0,) * 4
+    verdicts = {finding.field: finding.verdict for finding in report.findings}
+    assert set(verdicts) == {"boundaries", "norm_output", "zero_first"}
+    if not truth:
+        assert (verdicts["boundaries"], verdicts["norm_output"]) == (Verdict.FITS, Verdict.FITS)
+
+
 # reports
+
+
+def test_report_on_a_target_with_modules(tmp_path: Path) -> None:
+    folder = saved_with_modules(tmp_path, MtpPlan(hidden_first=True))
+    text = inspect_folder(folder, folder)
+    assert f"{folder}: a target\n" in text and "complete, none unknown" in text
+    assert f"{folder}: a head of kind mtp, checked against {folder}\n" in text
+    assert "modules       1              tensor names" in text
+    assert "hidden_first  true           as in MiMo-7B" in text
+    assert "boundaries    none           MTP reads the final state F" in text
 
 
 def test_report_on_a_target(tmp_path: Path) -> None:
     pair = exact_pair()
-    save_llama(pair.target, tmp_path)
+    save_target(pair.target, tmp_path)
     text = inspect_folder(tmp_path)
     assert text.startswith(f"{tmp_path}: a target\n")
     assert "num_layers         6" in text and "complete, none unknown" in text
@@ -208,12 +249,12 @@ def test_report_on_a_head_names_every_choice_and_its_source(tmp_path: Path) -> N
 def test_report_checks_a_head_against_its_target(tmp_path: Path) -> None:
     folder = saved(tmp_path / "head", ExactPlan(), eagle_config=..., eagle_aux_hidden_state_layer_ids=...)
     assert "open until the target is known" in inspect_folder(folder)
-    save_llama(exact_pair().target, tmp_path / "target")
+    save_target(exact_pair().target, tmp_path / "target")
     text = inspect_folder(folder, tmp_path / "target", {"norm_output": "true"})
     assert f"checked against {tmp_path / 'target'}" in text
     assert "2,3,3          default (2, n//2, n-3) for n = 6" in text
     assert "norm_output           true           override, the file says false" in text
-    save_llama(exact_pair(ExactPlan(vocab=30)).target, tmp_path / "other")
+    save_target(exact_pair(ExactPlan(vocab=30)).target, tmp_path / "other")
     with pytest.raises(CheckpointError, match="made for another target"):
         inspect_folder(folder, tmp_path / "other")
 

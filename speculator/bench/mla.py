@@ -1,0 +1,331 @@
+"""Lazily planned MLA attention on a GPU: our kernels beside the real FlashMLA, and what a stale plan does to both.
+
+Owns: the clock and the table. Both run in the same process on the same caches; a figure is the median over replays of a
+recorded loop, so launches cost nothing. Must never show a time whose result it did not compare with float32 attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from speculator.bench.provenance import provenance
+from target.attention.flash import FlashMla, FlashState
+from target.attention.mla import MlaAttention
+from target.batch import Batch
+from target.cache import LayerShape, PagedCache
+from target.errors import PlanError
+
+if TYPE_CHECKING:  # they need triton
+    from target.attention.mla_triton import TritonSplits, TritonState
+    from target.kernels.mla import Config
+
+RANK, ROPE, PAGE = 512, 64, 64
+SCALE = (RANK + ROPE) ** -0.5
+LOOP_US, LOOPS, REPLAYS = 20_000, 20, 9
+
+
+class Cell(NamedTuple):
+    """One shape of the table."""
+
+    heads: int
+    batch: int
+    length: int
+    queries: int
+
+
+class Field(NamedTuple):
+    """What a cell runs on: a batch over several caches, so that none stays in the L2 cache between calls."""
+
+    batch: Batch
+    caches: list[PagedCache]
+    q: Tensor
+
+    def latents(self, turn: int) -> Tensor:
+        return self.caches[turn % len(self.caches)].layers[0].flatten(1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the bench; 0, or 2 where it cannot run."""
+    args = _parser().parse_args(argv)
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        print("bench mla needs a CUDA device and the package triton", file=sys.stderr)
+        return 2
+    if args.flash_mla:
+        os.environ["SPECULATOR_FLASHMLA"] = args.flash_mla
+    report: dict[str, Any] = {"provenance": provenance()}
+    print(json.dumps(report["provenance"]), flush=True)
+    with torch.inference_mode():
+        report |= {"tune": tune(args)} if args.tune else {"cells": table(args), "lazy": lazy(args)}
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flash-mla", metavar="DIR", help="library or folder of FlashMLA; without, only ours is timed")
+    parser.add_argument("--json", type=Path, help="write the report there")
+    parser.add_argument("--tune", action="store_true", help="time every configuration of our kernels instead")
+    parser.add_argument("--heads", type=int, nargs="+", default=[128, 16])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096, 16384, 65536])
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 2, 4, 8])
+    return parser
+
+
+def _cells(args: argparse.Namespace) -> Iterator[tuple[Cell, Field]]:
+    """All cells; those of one batch and length share their caches."""
+    for batch, length in product(args.batches, args.lengths):
+        caches = _caches(batch, length)
+        for heads, queries in product(args.heads, args.queries):
+            yield Cell(heads, batch, length, queries), field(Cell(heads, batch, length, queries), caches)
+
+
+def _caches(rows: int, length: int) -> list[PagedCache]:
+    pages = rows * -(-length // PAGE) + 1
+    count = max(2, min(8, 300_000_000 // (rows * length * (RANK + ROPE) * 2) + 1))
+    caches = [PagedCache([[LayerShape(1, RANK + ROPE, 1)]], pages, PAGE, torch.bfloat16, "cuda") for _ in range(count)]
+    for cache in caches:
+        cache.layers[0].normal_()
+    return caches
+
+
+def field(cell: Cell, caches: list[PagedCache]) -> Field:
+    """Rows of `length` tokens, the pass's own included, in scattered pages."""
+    columns = -(-cell.length // PAGE)
+    pages = (torch.randperm(cell.batch * columns, device="cuda") + 1).view(cell.batch, columns)
+    ids = torch.zeros(cell.batch, cell.queries, dtype=torch.int64, device="cuda")
+    context = torch.full((cell.batch,), cell.length - cell.queries, device="cuda")
+    counts = torch.full_like(context, cell.queries)
+    batch = Batch(ids, ids, context, counts, pages, longest=cell.length, static=True)
+    q = torch.randn(cell.batch, cell.queries, cell.heads, RANK + ROPE, dtype=torch.bfloat16, device="cuda")
+    return Field(batch, caches, q)
+
+
+# ---- the clock ----
+
+
+def microseconds(call: Callable[[int], object]) -> float:
+    """A call on the device: a recorded loop of calls, each on the next cache; the median over replays."""
+    call(0)
+    torch.cuda.synchronize()
+    loops = max(2, min(LOOPS, int(LOOP_US / max(_events(lambda: call(1)), 1.0))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(loops):
+            call(turn)
+    graph.replay()
+    return statistics.median(_events(graph.replay) for _ in range(REPLAYS)) / loops
+
+
+def _events(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
+
+
+# ---- the table ----
+
+
+def table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per cell, printed as it comes."""
+    rows = []
+    for cell, ground in _cells(args):
+        try:
+            row = {**cell._asdict(), **_measure(ground, bool(args.flash_mla))}
+            print(_line(row), flush=True)
+        except (RuntimeError, PlanError) as failure:  # the other cells still tell something
+            row = {**cell._asdict(), "error": str(failure)}
+            print(cell, "failed:", failure, flush=True)
+        rows.append(row)
+    for line in _verdict([row for row in rows if "error" not in row]):
+        print(line, flush=True)
+    return rows
+
+
+def _measure(f: Field, with_flash: bool) -> dict[str, Any]:
+    from target.attention.mla_triton import TritonSplits
+
+    ours = TritonSplits(f.caches[0], RANK)
+    row = _times("ours", ours, f)
+    row["ours_plan"] = microseconds(lambda _: ours.prepare(f.batch, f.q.shape[2]))
+    if with_flash:
+        row |= _times("flash_mla", FlashMla(f.caches[0], RANK), f)
+        row["reused_speed"] = row["flash_mla_reused"] / row["ours_reused"]
+        row["fresh_speed"] = row["flash_mla_fresh"] / row["ours_fresh"]
+    return {name: round(value, 4) for name, value in row.items()}
+
+
+def _times(name: str, backend: TritonSplits | FlashMla, f: Field) -> dict[str, float]:
+    """Microseconds with a fresh plan and with a reused one, and how far the result is from float32 attention.
+
+    FlashMLA's queries are moved to the end of their rows by our adapter; a full batch needs no moving, so its kernel
+    is called directly.
+    """
+
+    def attend(state: Any, turn: int) -> Tensor:
+        if isinstance(state, FlashState):
+            pages = f.latents(turn).view(-1, PAGE, 1, RANK + ROPE)
+            return state.scheduler(f.q, pages, state.table, state.stored, SCALE, f.q.shape[1] > 1)
+        return backend.attend(state, f.batch, f.q, f.latents(turn), SCALE)
+
+    def fresh(base: Any) -> TritonState | FlashState:
+        if isinstance(backend, FlashMla):  # the batch's arguments are there; only the plan is made again
+            return base._replace(scheduler=type(base.scheduler)())  # type: ignore[no-any-return]
+        return backend.prepare(f.batch, f.q.shape[2])
+
+    kept = backend.prepare(f.batch, f.q.shape[2])
+    out = attend(kept, 0)
+    return {
+        f"{name}_fresh": microseconds(lambda turn: attend(fresh(kept), turn)),
+        f"{name}_reused": microseconds(lambda turn: attend(kept, turn)),
+        f"{name}_error": error(f, out),
+    }
+
+
+def error(f: Field, out: Tensor) -> float:
+    """Largest distance from float32 attention in the first and the last row."""
+    worst = 0.0
+    for row in {0, f.q.shape[0] - 1}:
+        index = torch.arange(f.batch.longest, device=f.q.device)
+        keys = f.latents(0)[f.batch.pages[row][index // PAGE] * PAGE + index % PAGE].float()
+        for t in range(f.q.shape[1]):
+            seen = keys[: int(f.batch.context[row]) + t + 1]
+            exact = (f.q[row, t].float() @ seen.T * SCALE).softmax(-1) @ seen[:, :RANK]
+            worst = max(worst, float((out[row, t].float() - exact).abs().max()))
+    return worst
+
+
+def _line(row: dict[str, Any]) -> str:
+    text = "heads {heads:3} batch {batch:2} length {length:5} queries {queries}: ".format(**row)
+    text += "ours {ours_fresh:8.1f} fresh {ours_reused:8.1f} reused {ours_plan:5.1f} plan, off {ours_error:.4f}".format(
+        **row
+    )
+    if "reused_speed" in row:
+        text += "; FlashMLA {flash_mla_fresh:8.1f} {flash_mla_reused:8.1f}, off {flash_mla_error:.4f}".format(**row)
+        text += "; speed of FlashMLA's: {fresh_speed:.2f} fresh, {reused_speed:.2f} reused".format(**row)
+    flops = 2 * row["batch"] * row["queries"] * row["heads"] * row["length"] * (2 * RANK + ROPE)
+    rate = row["batch"] * row["length"] * (RANK + ROPE) * 2 / row["ours_reused"] / 1e6
+    return text + f" ({rate:.2f} TB/s, {flops / row['ours_reused'] / 1e6:.0f} TFLOP/s)"
+
+
+def _verdict(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """How the rows stand to what is asked of the kernels."""
+    if not rows:
+        return
+    yield "slowest planner {:.1f} us".format(max(r["ours_plan"] for r in rows))
+    yield "largest error {:.4f}".format(max(r["ours_error"] for r in rows))
+    compared = [r for r in rows if "reused_speed" in r]
+    short = [r for r in compared if r["batch"] == 1 and r["length"] <= 4096]
+    if compared:
+        yield f"reused plan: at least {min(r['reused_speed'] for r in compared):.2f} of FlashMLA's speed"
+    if short:
+        least = min(r["fresh_speed"] for r in short)
+        yield f"fresh plan, batch 1, up to 4096: at least {least:.2f} of FlashMLA's speed"
+
+
+# ---- tuning ----
+
+
+def tune(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The time of every configuration for every cell, with a fresh plan and a reused one."""
+    rows: list[dict[str, Any]] = []
+    for cell, f in _cells(args):
+        found = {str(tuple(config)): _try(config, f) for config in _configs()}
+        times = {name: value for name, value in found.items() if isinstance(value, tuple)}
+        best = min(times, key=lambda name: times[name][1]) if times else "none"
+        rows.append({**cell._asdict(), "times": found, "best": best})
+        print(cell, "best", best, found, flush=True)
+    return rows
+
+
+def _configs() -> list[Config]:
+    from target.kernels.mla import HOPPER, Config
+
+    portable = [Config(16, 8, 2), Config(32, 8, 2), Config(64, 8, 2), Config(64, 8, 1)]
+    return [HOPPER._replace(grain=grain) for grain in (1, 2, 4, 8)] + portable
+
+
+def _try(config: Config, f: Field) -> tuple[float, float] | str:
+    from target.attention.mla_triton import TritonSplits
+
+    backend = TritonSplits(f.caches[0], RANK, config=config)
+    heads = f.q.shape[2]
+    try:
+        state = backend.prepare(f.batch, heads)
+        off = error(f, backend.attend(state, f.batch, f.q, f.latents(0), SCALE))
+        if not off < 0.05:
+            return f"wrong by {off}"
+        fresh = microseconds(
+            lambda turn: backend.attend(backend.prepare(f.batch, heads), f.batch, f.q, f.latents(turn), SCALE)
+        )
+        reused = microseconds(lambda turn: backend.attend(state, f.batch, f.q, f.latents(turn), SCALE))
+    except Exception as failure:  # a configuration that does not fit the device is a result, not the end of the run
+        return f"{type(failure).__name__}: {str(failure)[:160]}"
+    return round(fresh, 1), round(reused, 1)
+
+
+# ---- what a stale plan does ----
+
+LIVES = ("fresh at capture", "shared with the warm-up", "from another graph's capture, used by an eager warm-up")
+SHORT, LONG = 100, 3000
+
+
+def lazy(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Recorded at 100 tokens, replayed at 3000: how far the replay is from a pass with a plan of its own."""
+    cell = Cell(heads=16, batch=2, length=LONG, queries=1)
+    rows = []
+    for name in ("triton", "flash_mla") if args.flash_mla else ("triton",):
+        for life in LIVES:
+            row = {"backend": name, "plan": life, **_replayed(MlaAttention, name, life, cell)}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def _replayed(make: Callable[..., MlaAttention], backend: str, life: str, cell: Cell) -> dict[str, Any]:
+    f = field(cell, _caches(cell.batch, cell.length)[:1])
+    try:
+        attention = make(f.caches[0], RANK, backend)
+    except PlanError as failure:
+        return {"error": str(failure)}
+    latent = torch.randn(cell.batch, cell.queries, RANK + ROPE, dtype=torch.bfloat16, device="cuda")
+
+    def once(plan: Any) -> Tensor:
+        return attention.run(plan, 0, f.q, latent, SCALE)
+
+    f.batch.context.fill_(SHORT - 1)
+    plan, graph, row = attention.plan(f.batch), torch.cuda.CUDAGraph(), dict[str, Any]()
+    once(plan if life == LIVES[1] else attention.plan(f.batch))
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = once(plan)
+    if life == LIVES[2]:
+        row["warm_up_off"] = _distance(once(plan), once(attention.plan(f.batch)))
+    f.batch.context.fill_(LONG - 1)
+    graph.replay()
+    exact = once(attention.plan(f.batch))
+    return row | {"replay_off": _distance(out, exact), "equal_bits": torch.equal(out, exact)}
+
+
+def _distance(got: Tensor, exact: Tensor) -> float:
+    return round(float((got.float() - exact.float()).abs().nan_to_num(torch.inf).max()), 6)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

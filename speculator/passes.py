@@ -1,0 +1,125 @@
+"""The passes of a step over target and head, run as they are.
+
+Owns: which forward a pass is and on which attention. Must never know sessions, rules or sampling of the target. This
+is the oracle of the recorded passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from speculator import drafting
+from speculator.drafting import Drafted, Start
+from speculator.heads.base import DraftHead
+from speculator.types import DraftShape
+from target.attention.base import Attention, bind
+from target.attention.choose import attention_for
+from target.attention.sdpa import SdpaAttention
+from target.batch import Batch
+from target.cache import PagedCache
+from target.model import Hidden, Target
+
+
+class Verified(NamedTuple):
+    """What the target says about a batch of drafts."""
+
+    features: Tensor  # [R, T, F] what the head reads
+    logits: Tensor  # [R, T, V]
+
+
+class Fed(NamedTuple):
+    """What a prompt chunk leaves behind."""
+
+    features: Tensor  # [R, T, F]
+    final: Tensor  # [R, T, H] what the lm_head reads
+
+
+class Passes(Protocol):
+    """The passes an engine is made of. R rows of T tokens; rows and queries past a row's count hold anything."""
+
+    def feed(self, batch: Batch) -> Fed: ...
+
+    def feed_head(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        """`catch_up` over prompt chunks."""
+
+    def verify(self, batch: Batch) -> Verified: ...
+
+    def catch_up(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        """Run the head over true rows (feature t, token t + 1): [R, modules, H], see `DraftHead.catch_up`."""
+
+    def draft(self, start: Start, shape: DraftShape) -> Drafted: ...
+
+
+class EagerPasses:
+    """Runs every pass at its own size. `head_attention` may differ from the target's, over the same cache."""
+
+    def __init__(
+        self, model: Target, head: DraftHead | None, attention: Attention[Any], head_attention: Attention[Any]
+    ) -> None:
+        self.model, self.head = model, head
+        self.attention, self.head_attention = attention, head_attention
+
+    def target(self, tokens: Tensor, positions: Tensor, attend: Any) -> Hidden:
+        return self.model(tokens, positions, attend, self.head.taps if self.head else ())
+
+    def fed(self, tokens: Tensor, positions: Tensor, attend: Any) -> Fed:
+        hidden = self.target(tokens, positions, attend)
+        return Fed(self.features(hidden), hidden.final)
+
+    def features(self, hidden: Hidden) -> Tensor:
+        return self.head.features(hidden) if self.head else hidden.final
+
+    def feed(self, batch: Batch) -> Fed:
+        return self.fed(batch.tokens, batch.positions, bind(self.attention, batch))
+
+    def verify(self, batch: Batch) -> Verified:
+        hidden = self.target(batch.tokens, batch.positions, bind(self.attention, batch))
+        return Verified(self.features(hidden), self.model.logits(hidden.final))
+
+    def feed_head(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        return self.catch_up(batch, features, following)
+
+    def catch_up(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        return self.catch_up_on(batch, features, following, bind(self.head_attention, batch))
+
+    def catch_up_on(self, batch: Batch, features: Tensor, following: Tensor, attend: Any) -> Tensor:
+        assert self.head is not None
+        return self.head.catch_up(self.head.fuse(features), following, batch.positions, batch.counts, attend)
+
+    def draft(self, start: Start, shape: DraftShape) -> Drafted:
+        assert self.head is not None
+        return drafting.draft(self.head, self.head_attention, start, shape)
+
+
+def eager_passes(model: Target, head: DraftHead | None, cache: PagedCache) -> EagerPasses:
+    """On the backends that the layers of target and head need over `cache`."""
+    attention = attention_for(model.config, cache)
+    alike = head is None or head.latent == (model.config.mla is not None)
+    return EagerPasses(model, head, attention, attention if alike else SdpaAttention(cache))
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [R, T, W] at index [R, D] -> [R, D, W]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def rows_of(batch: Batch, index: Tensor) -> Batch:
+    """The rows `index` [N] of a batch."""
+    ancestors = None if batch.ancestors is None else batch.ancestors[index]
+    return batch._replace(
+        tokens=batch.tokens[index],
+        positions=batch.positions[index],
+        context=batch.context[index],
+        counts=batch.counts[index],
+        pages=batch.pages[index],
+        ancestors=ancestors,
+    )
+
+
+def shifted(tokens: Tensor, counts: Tensor, following: Tensor) -> Tensor:
+    """[R, T]: the token after each one; `following` [R] comes after the last valid one."""
+    moved = torch.cat((tokens[:, 1:], tokens[:, :1]), dim=1)
+    return moved.scatter(1, (counts - 1)[:, None], following[:, None])

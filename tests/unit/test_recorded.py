@@ -1,0 +1,174 @@
+"""Recorded passes on the tape recorder: everything an engine says is the same, and most of it was replayed."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphs.errors import CaptureError
+from graphs.recorder import CudaRecorder, Recorder
+from graphs.tape import TapeRecorder
+from speculator.engine import Engine
+from speculator.heads.base import DraftHead
+from speculator.passes import EagerPasses
+from speculator.recorded import RecordedPasses, Sizes
+from speculator.types import Draft, DraftShape, Rule, SamplingParams
+from target.decoder import Decoder
+from tests.unit.engines import Driver, tiny_engine, tiny_head, tiny_target
+from tests.unit.mla_engines import latent_pair
+
+CHAIN, TREE = DraftShape(4, 0, 1), DraftShape(3, 9, 3)
+PROMPTS = [[3, 7, 1, 12, 5], [2, 2, 9], [8] * 21]
+PARAMS = [
+    SamplingParams(),
+    SamplingParams(temperature=0.9, seed=3),
+    SamplingParams(temperature=1.0, top_p=0.9, top_k=20, seed=5),
+]
+
+
+def record(engine: Engine, shape: DraftShape, rows: int = 4, prompt_tokens: int = 64) -> RecordedPasses:
+    """Put recorded passes, captured on a tape that spoils everything between replays, in place of the eager ones."""
+    info = engine.info
+    pages = -(-(info.max_context + info.scratch_tokens) // info.page_size)
+    assert isinstance(engine.passes, EagerPasses)
+    sizes = Sizes(rows, pages, info.page_size, shape, prompt_tokens)
+    cuda = engine.device.type == "cuda"
+    recorder: Recorder = CudaRecorder() if cuda else TapeRecorder(poison_between_replays=True)
+    passes = RecordedPasses(engine.passes, recorder, sizes, engine.device)
+    passes.capture()
+    engine.passes = passes
+    return passes
+
+
+def pair(kind: str, device: str = "cpu") -> tuple[Decoder, DraftHead]:
+    if kind in ("mtp", "mtp2"):
+        return latent_pair(modules=2 if kind == "mtp2" else 1, device=device)
+    target = tiny_target().to(device)
+    return target, tiny_head(target, kind)
+
+
+def run(
+    engine: Engine, shape: DraftShape, params: list[SamplingParams] = PARAMS, count: int = 30
+) -> list[tuple[list[int], list[int]]]:
+    driver = Driver(engine, scatter=1)
+    sessions = driver.start(PROMPTS[: len(params)], params, shape)
+    driver.rounds(sessions, count, [shape] * len(sessions))
+    return [(s.tokens, s.accepted) for s in sessions]
+
+
+def replayed_share(passes: RecordedPasses) -> float:
+    counts = passes.counts.values()
+    replayed = sum(c.replayed for c in counts)
+    return replayed / (replayed + sum(c.eager.total() for c in counts))
+
+
+@pytest.mark.parametrize(
+    "kind, shape",
+    [("eagle", CHAIN), ("eagle3", CHAIN), ("eagle3", TREE), ("mtp", CHAIN), ("mtp", TREE), ("mtp2", CHAIN)],
+)
+def test_tokens_and_acceptance_are_those_of_eager_passes(kind: str, shape: DraftShape) -> None:
+    target, head = pair(kind)
+    expected = run(tiny_engine(target, head), shape)
+    engine = tiny_engine(target, head)
+    passes = record(engine, shape)
+    assert run(engine, shape) == expected
+    eager = {name: dict(c.eager) for name, c in passes.counts.items() if c.eager}
+    # the modules of a longer chain of modules read each other's rows, so their prompts are not cut into segments
+    assert eager == {} if kind != "mtp2" else set(eager) <= {"prompt, head"}
+    assert passes.counts["target verify"].replayed > 5
+
+
+@pytest.mark.parametrize("rule", [Rule.REJECTION, Rule.BLOCK])
+def test_drawn_drafts_are_replayed_with_their_distributions(rule: Rule) -> None:
+    target = tiny_target()
+    head = tiny_head(target, "eagle3")
+    params = [
+        SamplingParams(temperature=0.9, top_k=30, seed=1, rule=rule),
+        SamplingParams(temperature=1.1, seed=2, rule=rule),
+    ]
+    expected = run(tiny_engine(target, head), CHAIN, params)
+    engine = tiny_engine(target, head)
+    passes = record(engine, CHAIN)
+    assert run(engine, CHAIN, params) == expected
+    assert replayed_share(passes) == 1.0
+
+
+def test_sessions_come_and_go_and_depths_change() -> None:
+    """Batches of 1 to 4 rows, shorter chains out of the recorded one, depth 0, and sessions that stop and start."""
+    target = tiny_target()
+    head = tiny_head(target, "eagle3")
+    outcomes = []
+    for recorded in (False, True):
+        engine = tiny_engine(target, head)
+        passes = record(engine, CHAIN) if recorded else None
+        driver = Driver(engine)
+        early = driver.start(PROMPTS, PARAMS, CHAIN)
+        shapes = [CHAIN, DraftShape(2, 0, 1), DraftShape(0, 0, 1)] + [CHAIN] * 5
+        driver.rounds(early, 12, shapes)
+        driver.rounds(early[:1], 25, [DraftShape(0, 0, 1)] * 8)
+        driver.rounds(early[:2], 40, [CHAIN] * 8)
+        driver.rounds(early, 60, [CHAIN] * 8)
+        outcomes.append([(s.tokens, s.accepted) for s in early])
+        if passes:
+            assert replayed_share(passes) > 0.99, passes.counts
+    assert outcomes[0] == outcomes[1]
+
+
+def test_what_was_not_recorded_runs_eager_and_is_counted() -> None:
+    target = tiny_target()
+    head = tiny_head(target, "eagle3")
+    engine = tiny_engine(target, head)
+    passes = record(engine, CHAIN, rows=2)
+    longer, given = DraftShape(6, 0, 1), DraftShape(2, 0, 1, parents=(-1, -1, 0))
+    for shape in (longer, TREE, given):
+        assert run(engine, shape, count=8) == run(tiny_engine(target, head), shape, count=8)
+    reasons = " ".join(passes.counts["draft decode"].eager)
+    assert "no shape is chain/greedy/6" in reasons and "tree/9/3/" in reasons and "given tree" in reasons
+    assert "no shape holds 3 rows of 7" in passes.counts["target verify"].eager
+
+
+def test_prompts_above_the_largest_bucket_run_eager() -> None:
+    target = tiny_target()
+    head = tiny_head(target, "eagle3")
+    engine = tiny_engine(target, head)
+    passes = record(engine, CHAIN, prompt_tokens=8)
+    assert run(engine, CHAIN) == run(tiny_engine(target, head), CHAIN)
+    assert passes.counts["prompt"].eager and passes.counts["prompt, head"].eager
+
+
+def test_without_capture_everything_runs_eager_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    target = tiny_target()
+    head = tiny_head(target, "eagle")
+    engine = tiny_engine(target, head)
+    assert isinstance(engine.passes, EagerPasses)
+    engine.passes = passes = RecordedPasses(
+        engine.passes, TapeRecorder(), Sizes(2, 168, engine.info.page_size, CHAIN), engine.device
+    )
+    assert run(engine, CHAIN) == run(tiny_engine(target, head), CHAIN)
+    assert set(passes.counts["target verify"].eager) == {"not captured yet"}
+    assert caplog.text.count("target verify runs eager: not captured yet") == 1
+
+
+def test_no_capture_while_serving() -> None:
+    target = tiny_target()
+    engine = tiny_engine(target, None)
+    passes = record(engine, CHAIN, rows=1, prompt_tokens=0)
+    with pytest.raises(CaptureError, match="while serving"):
+        passes.capture()
+
+
+def test_client_drafts_of_any_tree_are_verified_by_replay() -> None:
+    """A draft that a client made: a tree that fits the recorded tree, with fewer nodes."""
+    target = tiny_target()
+    head = tiny_head(target, "eagle3")
+    tree = Draft((5, 9, 9, 30), (-1, -1, 0, 1))
+    outcomes = []
+    for recorded in (False, True):
+        engine = tiny_engine(target, head)
+        passes = record(engine, TREE) if recorded else None
+        driver = Driver(engine)
+        sessions = driver.start(PROMPTS[:2], PARAMS[:2], TREE)
+        driver.rounds(sessions, 20, [TREE] * 2, drafter=lambda s: tree)
+        outcomes.append([(s.tokens, s.accepted) for s in sessions])
+        if passes:
+            assert not passes.counts["target verify"].eager
+    assert outcomes[0] == outcomes[1]
