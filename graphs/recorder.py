@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +20,7 @@ from graphs.errors import CaptureError, CaptureMemoryError
 from graphs.owners import Owners
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Recording(Protocol):
@@ -124,13 +127,15 @@ class CudaRecorder:
         self._error_mode = error_mode
         self._recordings: list[CudaRecording] = []
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._collecting = self._mending = False
+        self._collecting = False
+        self._pools: list[Any] = []
         self._renew()
 
     def _renew(self) -> None:
         with torch.cuda.device(self.device):
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
+        self._pools.append(self._pool)
         self._outside = torch.cuda.current_stream(self.device)
 
     @property
@@ -143,7 +148,7 @@ class CudaRecorder:
 
     def _segments(self) -> list[dict[str, Any]]:
         segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()
-        return [segment for segment in segments if tuple(segment["segment_pool_id"]) == tuple(self._pool)]
+        return [segment for segment in segments if tuple(segment["segment_pool_id"]) in {tuple(pool) for pool in self._pools}]
 
     def warm(self, body: Callable[[], T]) -> T:
         outside = torch.cuda.current_stream(self.device)
@@ -158,6 +163,7 @@ class CudaRecorder:
             raise CaptureError("a recording is under way already")
         torch.cuda.synchronize(self.device)
         self._outside = torch.cuda.current_stream(self.device)
+        self._random = self._generator.get_state()
         self._collecting = gc.isenabled()
         gc.disable()  # a graph or an event that dies while another is recorded calls into the driver
         torch.cuda.set_stream(self._stream)
@@ -185,32 +191,44 @@ class CudaRecorder:
             gc.enable()
 
     def abort(self) -> None:
-        graph, broken = self._graph, False
+        graph = self._graph
         if graph is None:
             return
         try:
-            graph.capture_end()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that nothing was recorded is no news here
+                graph.capture_end()
         except RuntimeError:
-            broken = True
-        self._leave()
+            self._leave()
+            self._mend()
+        else:
+            self._leave()
         with contextlib.suppress(RuntimeError):
             graph.reset()
-        if broken and not self._mending:
-            self._mend()
+
+    @property
+    def _index(self) -> int:
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+    @property
+    def _generator(self) -> torch.Generator:
+        return torch.cuda.default_generators[self._index]
 
     def _mend(self) -> None:
-        """CUDA broke a capture off, and torch does not know: its allocator and its random generators still wait for it.
+        """CUDA broke a capture off, and torch does not know: its allocator and its random generator still wait for it.
 
-        The allocator is told, and a sound capture releases the generators.
+        The allocator is told; the generator gets its state of before in a new object; later recordings take a new pool
+        and a new stream. Earlier recordings keep theirs.
         """
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(index, self._pool)
-            torch._C._cuda_releasePool(index, self._pool)
-        self._mending = True
-        with contextlib.suppress(RuntimeError):
-            self.record(lambda: torch.zeros(1, device=self.device))[1].release()
-        self._mending = False
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            try:
+                end(self._index, self._pool)
+            except RuntimeError as error:
+                log.debug("after a broken capture: %s", error)
+        fresh = torch.Generator(self.device)
+        fresh.set_state(self._random)
+        self._generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        self._renew()
 
     def record(self, body: Callable[[], T]) -> tuple[T, Recording]:
         return record_body(self, body)
@@ -226,6 +244,7 @@ class CudaRecorder:
         for recording in self._recordings:
             recording.release()
         self._recordings.clear()
+        self._pools.clear()
         self._renew()
         torch.cuda.empty_cache()
 

@@ -108,6 +108,7 @@ class MlaAttention:
         """Metadata of its own, still empty. Raises PlanError for a batch the backend cannot run."""
         if batch.longest < 1:
             raise PlanError("a batch must say how long its longest row is")
+        batch = _contiguous(batch)
         self._choose(batch).check(batch)
         return MlaPlan(batch, MlaMetadata())
 
@@ -130,6 +131,15 @@ class MlaAttention:
 
     def _choose(self, batch: Batch) -> MlaBackend:
         return self.backend if batch.tokens.shape[1] <= LONGEST_QUERY else self._dense
+
+
+def _contiguous(batch: Batch) -> Batch:
+    """Kernels walk lengths, page tables and masks row by row; what lies so already is taken as it is."""
+    if batch.ancestors is not None:
+        batch = batch._replace(ancestors=batch.ancestors.contiguous())
+    return batch._replace(
+        context=batch.context.contiguous(), counts=batch.counts.contiguous(), pages=batch.pages.contiguous()
+    )
 
 
 def _backend(name: str, cache: PagedCache, rank: int, processors: int | None) -> MlaBackend:
