@@ -44,6 +44,7 @@ from speculator.errors import (
     ServerFullError,
     SpeculatorError,
 )
+from speculator.inbox import Inbox
 from speculator.scheduler import WINDOW
 from speculator.session import Job, Kind, SessionSpec
 from speculator.totals import Totals
@@ -53,6 +54,7 @@ from speculator.worker import Delivery, EngineLike, Worker
 log = logging.getLogger(__name__)
 
 MAX_IDLE_SECONDS = 86400.0
+SWEEP_SECONDS = 0.25
 Value = TypeVar("Value")
 
 
@@ -68,9 +70,12 @@ class DrafterCore:
         self.totals = Totals()
         self.draining = False
         self.on_dead: Callable[[], None] = _nothing
-        self._worker = Worker(engine, self._hand_over, self._bury, idle_timeout=idle_timeout, totals=self.totals)
+        self._answers: Inbox[list[Delivery]] = Inbox(watched=True)
+        self._engine = engine
+        self._worker = Worker(engine, self._answers.put, self._bury, idle_timeout=idle_timeout, totals=self.totals)
         self._max_queued = max_queued
         self._in_flight = 0
+        self._sweeper: asyncio.TimerHandle | None = None
         self._stopped = False
         self._refuses: SpeculatorError | None = None  # why no work item is taken any more
         self._quiet: asyncio.Future[None] | None = None
@@ -80,14 +85,20 @@ class DrafterCore:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._answers.fileno(), self._collect)
         self._worker.start()
+        self._sweep()
 
     async def stop(self) -> None:
         """Ends the worker; work items under way are answered with an error."""
         self.close()
+        self._stop_sweeping()
         await asyncio.to_thread(self._worker.stop)
         self._stopped = True
-        self._receive(self._worker.leftovers())
+        if self._loop is not None:
+            self._loop.remove_reader(self._answers.fileno())
+        for answers in (*self._answers.take(), self._worker.leftovers()):
+            self._receive(answers)
 
     def drain(self) -> None:
         """Takes no new session from now on; sessions that are open go on."""
@@ -184,6 +195,14 @@ class DrafterCore:
         """The caller's sessions by id, from the first one after `after`."""
         return await self._call(self._worker.scheduler.page, owner, after, count)
 
+    async def acceptance(self) -> Acceptance:
+        """Acceptance of everything that was answered before this call."""
+        return await self._call(self._worker.scheduler.acceptance)
+
+    def passes_run(self) -> dict[str, tuple[int, int]]:
+        """Replayed and eager passes by name; numbers read while the worker runs."""
+        return dict(self._engine.passes_run())
+
     def usage(self) -> Usage:
         """What is held now; numbers read while the worker runs, each right by itself."""
         return self._worker.scheduler.usage()
@@ -250,12 +269,19 @@ class DrafterCore:
         self._worker.post(_call_back, loop, future, act, args)
         return await future
 
-    def _hand_over(self, answers: list[Delivery]) -> None:
+    def _sweep(self) -> None:
         assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(self._receive, answers)
-        except RuntimeError:
-            log.warning("%d answers came after the event loop was closed", len(answers))
+        self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
+        self._worker.post(self._worker.scheduler.sweep)
+
+    def _stop_sweeping(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    def _collect(self) -> None:
+        self._answers.awake()
+        for answers in self._answers.take():
+            self._receive(answers)
 
     def _receive(self, answers: list[Delivery]) -> None:
         for job, answer in answers:
@@ -278,6 +304,7 @@ class DrafterCore:
         log.error("no work item is taken any more: the device thread has ended", exc_info=error)
         self._refuses = EngineFailedError("the engine has stopped")
         self._stopped = True
+        self._stop_sweeping()
         self._receive(self._worker.leftovers())
         self.on_dead()
 

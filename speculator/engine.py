@@ -61,6 +61,10 @@ class Engine:
     def close(self, row: int) -> None:
         self.rows.close(row)
 
+    def passes_run(self) -> dict[str, tuple[int, int]]:
+        """By pass: how many were replayed, how many ran eager that could have been; empty where nothing is recorded."""
+        return self.passes.tally()
+
     @torch.inference_mode()
     def step(self, steps: Sequence[Step]) -> list[StepResult]:
         """Run one step of each row; NumericalError when any row met NaN or infinity (then no result counts)."""

@@ -33,6 +33,7 @@ class ServiceMetrics(Collector):
         yield from self._acceptance()
         yield from self._histograms()
         yield from self._held()
+        yield from self._passes()
 
     def _acceptance(self) -> Iterator[Metric]:
         counts = self._core.totals.acceptance.copy()
@@ -68,6 +69,15 @@ class ServiceMetrics(Collector):
         info = GaugeMetricFamily("speculator_build_info", "What runs here.", labels=list(self._build))
         info.add_metric(list(self._build.values()), 1)
         yield info
+
+    def _passes(self) -> Iterator[Metric]:
+        passes = CounterMetricFamily(
+            "speculator_passes", "Passes that recorded graphs exist for, by how they ran.", labels=["pass", "how"]
+        )
+        for name, counts in self._core.passes_run().items():
+            for how, count in zip(("replayed", "eager"), counts, strict=True):
+                passes.add_metric([name, how], count)
+        yield passes
 
 
 def _counter(name: str, words: str, value: float) -> Metric:

@@ -52,6 +52,9 @@ class Passes(Protocol):
 
     def draft(self, start: Start, shape: DraftShape) -> Drafted: ...
 
+    def tally(self) -> dict[str, tuple[int, int]]:
+        """Replayed and eager passes by name, where passes are recorded."""
+
 
 class EagerPasses:
     """Runs every pass at its own size. `head_attention` may differ from the target's, over the same cache."""
@@ -92,6 +95,9 @@ class EagerPasses:
     def draft(self, start: Start, shape: DraftShape) -> Drafted:
         assert self.head is not None
         return drafting.draft(self.head, self.head_attention, start, shape)
+
+    def tally(self) -> dict[str, tuple[int, int]]:
+        return {}
 
 
 def eager_passes(model: Target, head: DraftHead | None, cache: PagedCache) -> EagerPasses:

@@ -102,6 +102,9 @@ class RecordedPasses:
         """Replayed and eager passes by the name of the pass."""
         return {manager.name: manager.counts for manager in self.managers}
 
+    def tally(self) -> dict[str, tuple[int, int]]:
+        return {name: (counts.replayed, counts.eager.total()) for name, counts in self.counts.items()}
+
     @torch.inference_mode()
     def twin(self, manager: Lifecycle[Any], graph: Graph) -> Any:
         """What a graph's last replay should have given: the same pass run eager on the same buffers, newly planned."""

@@ -38,11 +38,11 @@ from speculator.errors import (
     SpeculatorError,
     StepCancelledError,
 )
+from speculator.pool import Pool
 from speculator.session import (
     Job,
     Kept,
     Kind,
-    Round,
     Session,
     SessionSpec,
     check_speculation,
@@ -71,7 +71,9 @@ from speculator.types import (
 log = logging.getLogger(__name__)
 
 NO_DRAFT = Draft()
+DEEP = 1 << 30  # no draft has as many levels
 WINDOW = 64  # messages of one generation that may wait for their reader
+SETTLE = 64  # engine steps that are counted together
 MAX_FINISHED = 1024  # finished sessions whose text and last answer are kept
 
 
@@ -81,37 +83,6 @@ class RowDevice(Protocol):
     def open(self, row: int, sampling: SamplingParams, speculate: bool) -> None: ...
 
     def close(self, row: int) -> None: ...
-
-
-class Pool:
-    """KV pages. Reservation is a promise by number; pages are handed out when needed, lowest numbers first."""
-
-    def __init__(self, total: int) -> None:
-        self.capacity = total - 1  # page 0 is the null page
-        self.reserved = 0
-        self._free = list(range(1, total))
-
-    @property
-    def used(self) -> int:
-        return self.capacity - len(self._free)
-
-    @property
-    def free(self) -> list[int]:
-        return sorted(self._free)
-
-    def reserve(self, pages: int) -> bool:
-        if self.reserved + pages > self.capacity:
-            return False
-        self.reserved += pages
-        return True
-
-    def take(self) -> int:
-        return heapq.heappop(self._free)
-
-    def give(self, pages: Sequence[int], reserved: int) -> None:
-        for page in pages:
-            heapq.heappush(self._free, page)
-        self.reserved -= reserved
 
 
 class Scheduler:
@@ -145,7 +116,7 @@ class Scheduler:
         self._running: list[tuple[Job, Session, Step]] = []
         self.now = clock()  # when the step at hand began, or ended
         self._times: list[tuple[int, StepTimes]] = []  # what `settle` has yet to count
-        self._rounds: list[Round] = []
+        self._rounds: list[tuple[Session, Draft, int, int]] = []  # accepted tokens, levels that can have been judged
         self._items: list[tuple[Timing, int]] = []
         self._answers: list[tuple[Job, Answer | SpeculatorError]] = []
         self._finished: dict[str, None] = {}
@@ -190,16 +161,21 @@ class Scheduler:
         if session.job is not None:
             self._end_by_delete(session.job, session)
         self._remove(session)
-        return view(session, self.now).stats
+        return self._view(session).stats
 
     def look(self, session_id: str, owner: str, with_tokens: bool = False) -> SessionView:
         """The committed state of a session; raises SessionNotFoundError."""
-        return view(self._owned(session_id, owner), self._clock(), with_tokens)
+        return self._view(self._owned(session_id, owner), with_tokens)
 
     def page(self, owner: str, after: str, count: int) -> list[SessionView]:
         """Up to `count` of the caller's sessions whose ids follow `after`, by id."""
         ids = sorted(key for key, session in self.sessions.items() if key > after and session.spec.owner == owner)
-        return [view(self.sessions[key], self._clock()) for key in ids[:count]]
+        return [self._view(self.sessions[key]) for key in ids[:count]]
+
+    def acceptance(self) -> Acceptance:
+        """Acceptance since the start, all sessions together."""
+        self.settle()
+        return self.totals.acceptance.copy()
 
     def usage(self) -> Usage:
         finished = len(self._finished)
@@ -215,6 +191,8 @@ class Scheduler:
 
     def next_steps(self) -> list[Step]:
         """One batch for the engine: at most one step a session, nothing for work items that came too late."""
+        if len(self._times) >= SETTLE:
+            self.settle()
         self.now = now = self._clock()
         budget = self.info.prefill_chunk
         steps: list[Step] = []
@@ -245,15 +223,14 @@ class Scheduler:
             job.draft_time += times.draft
             job.verify_time += times.feed + times.verify
             if step.feed is None or self._fed(job, session, step.feed):
-                timing = Timing(job.started - job.queued, job.draft_time, job.verify_time, len(running))
-                self._commit(job, session, step, outcome, timing)
+                self._commit(job, session, step, outcome, len(running))
 
     def settle(self) -> None:
-        """Counts what `complete` did; apart from it, so that answers need not wait for statistics."""
+        """Counts what `complete` did since the last time; apart from it, so that answers need not wait for it."""
         for batch, times in self._times:
             self.totals.step(batch, times)
         for done in self._rounds:
-            self.totals.acceptance.record(*count_round(done))
+            self.totals.acceptance.record(*count_round(*done))
         for timing, tokens in self._items:
             self.totals.item(timing, tokens)
         self._times.clear()
@@ -266,6 +243,7 @@ class Scheduler:
 
     def sweep(self) -> None:
         """Frees sessions idle for too long and ends work items whose time ran out while they waited."""
+        self.settle()
         now = self._clock()
         for job, session in [*self._ready.items(), *self._parked.items()]:
             if job.deadline <= now:
@@ -322,7 +300,7 @@ class Scheduler:
         if known.created is None:
             raise SessionBusyError("the session is still being created")
         known.expires = job.queued + known.idle_timeout
-        return known.created._replace(session=view(known, self._clock()), replayed=True)
+        return known.created._replace(session=self._view(known), replayed=True)
 
     def _open(self, spec: SessionSpec) -> Session:
         info = self.info
@@ -362,7 +340,7 @@ class Scheduler:
         self._open_row(session)
 
     def _has_place(self, pages: int) -> bool:
-        return bool(self._free_rows) and self.pool.reserved + pages <= self.pool.capacity
+        return bool(self._free_rows) and self.pool.fits(pages)
 
     def _open_row(self, session: Session) -> None:
         try:
@@ -502,8 +480,9 @@ class Scheduler:
         self._ready[job] = session
         return False
 
-    def _commit(self, job: Job, session: Session, step: Step, result: StepResult, timing: Timing) -> None:
+    def _commit(self, job: Job, session: Session, step: Step, result: StepResult, batch: int) -> None:
         """The one place where a session grows."""
+        timing = Timing(job.started - job.queued, job.draft_time, job.verify_time, batch)
         session.job = None
         session.expires = self.now + session.idle_timeout
         before = len(session.tokens)
@@ -562,9 +541,9 @@ class Scheduler:
             self._next_round(job, session)
         return Generated(tokens, result.logprobs[: len(tokens)], accepted, finish, timing, seen)
 
-    def _view(self, session: Session) -> SessionView:
+    def _view(self, session: Session, with_tokens: bool = False) -> SessionView:
         self.settle()
-        return view(session, self.now)
+        return view(session, self._clock(), with_tokens)
 
     def _next_round(self, job: Job, session: Session) -> None:
         job.queued, job.started, job.draft_time, job.verify_time = self.now, 0.0, 0.0, 0.0
@@ -578,7 +557,8 @@ class Scheduler:
         tokens, finish = cut(session, result.tokens)
         commit(session, tokens, finish)
         accepted = min(len(result.accepted), len(tokens))
-        self._rounds.append(Round(session, step.draft or NO_DRAFT, len(tokens), accepted))
+        judged = DEEP if finish is FinishReason.RUNNING else len(tokens)  # what lies behind the end was never judged
+        self._rounds.append((session, step.draft or NO_DRAFT, accepted, judged))
         return tokens, finish, accepted
 
     def _offer(self, job: Job, session: Session, step: Step, result: StepResult, timing: Timing) -> Proposed | None:
@@ -610,7 +590,7 @@ class Scheduler:
         self._ready.pop(job, None)
         self._parked.pop(job, None)
         session.job, session.finish = None, FinishReason.CANCELLED
-        self._answer(job, Generated((), (), 0, session.finish, Timing(), view(session, self._clock())))
+        self._answer(job, Generated((), (), 0, session.finish, Timing(), self._view(session)))
 
     def _retire(self, job: Job, session: Session) -> None:
         """A finished session gives its row and pages back; its text and last answer stay until it expires."""

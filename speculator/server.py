@@ -83,6 +83,7 @@ class Drafter(drafter_pb2_grpc.DrafterServiceServicer):
         self._core, self._about, self._callers = core, about, callers
         self._tokenizer, self._defaults = tokenizer, defaults
         self.streams: set[DraftStream] = set()
+        self._leaving: SpeculatorError | None = None
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         spec = await self._spec(request, self._callers.owner(context))
@@ -115,12 +116,20 @@ class Drafter(drafter_pb2_grpc.DrafterServiceServicer):
         return message
 
     async def Draft(self, requests: object, context: Context) -> None:
+        if self._leaving is not None:
+            raise self._leaving
         stream = DraftStream(self._core, context, self._callers.owner(context), self._about, self._spec)
         self.streams.add(stream)
         try:
             await stream.run()
         finally:
             self.streams.discard(stream)
+
+    def leave(self, error: SpeculatorError) -> None:
+        """Ends all streams with `error`, also those whose call has arrived and whose turn comes later."""
+        self._leaving = error
+        for stream in list(self.streams):
+            stream.end(error)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         spec = await self._spec(request.session, self._callers.owner(context))
@@ -208,7 +217,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     async def GetStats(self, request: object, context: Context) -> admin_pb2.GetStatsResponse:
         usage = self._core.usage()
         return admin_pb2.GetStatsResponse(
-            stats=stats_pb(self._core.totals.acceptance.copy()),
+            stats=stats_pb(await self._core.acceptance()),
             running_sessions=usage.active,
             queued_requests=self._core.in_flight,
             used_kv_blocks=usage.used_pages,
@@ -411,8 +420,7 @@ class Server:
 
     async def stop(self, grace: float = 0.0) -> None:
         """Stops listening, ends what is open after `grace` seconds, ends the worker."""
-        for stream in list(self._drafter.streams):
-            stream.end(DrainingError("the server is shutting down; go to another one"))
+        self._drafter.leave(DrainingError("the server is shutting down; go to another one"))
         if self._grpc is not None:
             await self._grpc.stop(grace)
         if self._metrics is not None:

@@ -100,15 +100,6 @@ class Kept(NamedTuple):
     answer: Verified | Extended
 
 
-class Round(NamedTuple):
-    """One committed round that is still to be counted."""
-
-    session: Session
-    draft: Draft
-    committed: int
-    accepted: int
-
-
 @dataclass(slots=True, eq=False)
 class Session:
     """One sequence of tokens and what the service knows about it.
@@ -182,12 +173,9 @@ def commit(session: Session, tokens: Sequence[int], finish: FinishReason) -> Non
     session.offer = None
 
 
-def count_round(done: Round) -> tuple[int, int, int]:
-    """Counts a round in its session; the drafted tokens, the levels that were judged, and the accepted tokens."""
-    session, draft, committed, accepted = done
-    judged = draft_depth(draft)
-    if session.finish is not FinishReason.RUNNING:  # what lies behind the end was never judged
-        judged = min(judged, committed)
+def count_round(session: Session, draft: Draft, accepted: int, most: int) -> tuple[int, int, int]:
+    """Counts a round in its session: the drafted tokens, the levels judged (`most` at most), the accepted tokens."""
+    judged = min(draft_depth(draft), most)
     session.stats.record(len(draft.tokens), judged, accepted)
     return len(draft.tokens), judged, accepted
 

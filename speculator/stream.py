@@ -10,7 +10,6 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -35,6 +34,7 @@ from speculator.translate import (
     verify_job,
 )
 from speculator.v1 import drafter_pb2 as pb
+from speculator.writer import Writer
 
 log = logging.getLogger(__name__)
 
@@ -74,45 +74,46 @@ class DraftStream:
     def __init__(self, core: DrafterCore, context: Context, owner: str, about: About, specs: Specs) -> None:
         self._core, self._context, self._owner, self._about, self._specs = core, context, owner, about, specs
         self._loop = asyncio.get_running_loop()
-        self._lines: dict[str, deque[Item]] = {}  # by key: the item under way, then those that wait behind it
+        self._lines: dict[str, list[Item]] = {}  # by key: the item under way, then those that wait behind it
         self._open = 0  # items not let go of
         self._tasks: set[asyncio.Task[None]] = set()
-        self._out: deque[pb.DraftResponse] = deque()
-        self._wake: asyncio.Future[None] | None = None
+        self._writer = Writer(context.write, self._move_on, self.end)
         self._room: asyncio.Future[None] | None = None  # set while requests are left unread
         self._read_all = False
         self._ended: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self) -> None:
         """Serves the stream until the client has sent all and heard all; raises what `end` was given."""
-        parts = [self._loop.create_task(self._read()), self._loop.create_task(self._write())]
+        self._tasks.add(self._loop.create_task(self._read()))
         try:
-            await asyncio.wait([parts[1], self._ended], return_when=asyncio.FIRST_COMPLETED)
-            (self._ended if self._ended.done() else parts[1]).result()
+            await self._ended
         finally:
-            for task in [*parts, *self._tasks]:
-                task.cancel()
-            for line in self._lines.values():
-                self._abandon(line)
-            if not self._ended.cancel():
-                self._ended.exception()  # heard of, even when the stream ended for another reason
+            self._close()
 
-    def _abandon(self, line: deque[Item]) -> None:
+    def _close(self) -> None:
+        self._writer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        for line in self._lines.values():
+            self._abandon(line)
+        if self._ended.done() and not self._ended.cancelled():
+            self._ended.exception()  # heard of, even when the stream ended for another reason
+
+    def _abandon(self, line: list[Item]) -> None:
         for item in line:
             item.answered = True
             if item.timer is not None:
                 item.timer.cancel()
         self._cancel(line[0])
 
-    def end(self, error: SpeculatorError) -> None:
+    def end(self, error: Exception) -> None:
         """Ends the whole stream with `error`."""
         if not self._ended.done():
             self._ended.set_exception(error)
 
     def send(self, response: pb.DraftResponse) -> None:
-        """Writes a message when its turn comes."""
-        self._out.append(response)
-        _wake_up(self._wake)
+        """Writes a message now, or when its turn comes."""
+        self._writer.put(response)
 
     # ---- reading ----
 
@@ -124,14 +125,18 @@ class DraftStream:
                     self.end(request.error)
                     return
                 self._take(request)
-                while len(self._out) + self._open >= MAX_OPEN:
+                if self._full():
                     self._room = self._loop.create_future()
                     await self._room
+                    self._room = None
         except Exception:
             log.exception("a stream cannot be read on")
         finally:
             self._read_all = True
-            _wake_up(self._wake)
+            self._move_on()
+
+    def _full(self) -> bool:
+        return len(self._writer.waiting) + self._open >= MAX_OPEN
 
     def _take(self, request: pb.DraftRequest) -> None:
         kind = request.WhichOneof("request")
@@ -144,12 +149,10 @@ class DraftStream:
         if request.HasField("timeout"):
             self._set_timer(item, seconds_of(request.timeout))
         self._open += 1
-        line = self._lines.get(item.key)
-        if line is not None:
-            line.append(item)
-            return
-        self._lines[item.key] = line = deque((item,))
-        self._start_first(line)
+        line = self._lines.setdefault(item.key, [])
+        line.append(item)
+        if len(line) == 1:
+            self._start_first(line)
 
     def _set_timer(self, item: Item, seconds: float) -> None:
         item.deadline = time.monotonic() + seconds
@@ -166,7 +169,7 @@ class DraftStream:
 
     # ---- items ----
 
-    def _start_first(self, line: deque[Item]) -> None:
+    def _start_first(self, line: list[Item]) -> None:
         """Starts the first item of a line that can be started; those that cannot are answered on the way."""
         while line:
             item = line[0]
@@ -176,8 +179,8 @@ class DraftStream:
                     return
             except SpeculatorError as error:
                 self._answer(item, error)
-            line.popleft()
-            self._open -= 1
+            line.pop(0)
+            self._let_go()
         del self._lines[item.key]
 
     def _start(self, item: Item) -> None:
@@ -213,13 +216,13 @@ class DraftStream:
     def _finish(self, item: Item, answer: Answer | Acceptance | SpeculatorError | None) -> None:
         """The worker has let go of the item: answer it, then start the next one of its session."""
         self._answer(item, answer)
-        self._open -= 1
         line = self._lines[item.key]
-        line.popleft()
+        line.pop(0)
         if line:
             self._start_first(line)
         else:
             del self._lines[item.key]
+        self._let_go()
 
     # ---- writing ----
 
@@ -239,21 +242,20 @@ class DraftStream:
     def _say(self, number: int, error: SpeculatorError) -> None:
         self.send(pb.DraftResponse(correlation_id=number, status=status_of(error)))
 
-    async def _write(self) -> None:
-        out, write = self._out, self._context.write
-        while True:
-            while out:
-                await write(out.popleft())
-                _wake_up(self._room)
-            if self._read_all and not self._open:
-                return
-            self._wake = self._loop.create_future()
-            await self._wake
+    def _let_go(self) -> None:
+        self._open -= 1
+        if self._room is not None or self._read_all:
+            self._move_on()
 
-
-def _wake_up(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
+    def _move_on(self) -> None:
+        """Reads on when there is room again, ends when nothing is left to do."""
+        if self._room is not None and not self._room.done() and not self._full():
+            self._room.set_result(None)
+        if self._read_all and not self._open and not self._ended.done():
+            if self._writer.idle():
+                self._ended.set_result(None)
+            else:
+                self._writer.report()
 
 
 JOBS: dict[str, Callable[[Any, str, float], Job]] = {

@@ -1,4 +1,4 @@
-"""What has happened since the start, as plain numbers that one thread writes and a scrape may read.
+"""What has happened since the start, as plain numbers that one thread writes and a scrape may read a moment later.
 
 Owns: counters and histograms without locks or libraries, cheap enough to be updated in every step.
 Must never import torch, grpc, protobuf or prometheus_client, nor name a session.

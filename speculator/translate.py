@@ -212,10 +212,10 @@ def stats_pb(stats: Acceptance) -> pb.AcceptanceStats:
 
 
 def fill_timing(message: pb.Timing, timing: Timing) -> None:
-    message.queue_us = min(UINT32_MAX, int(timing.queue * 1e6))
-    message.draft_us = min(UINT32_MAX, int(timing.draft * 1e6))
-    message.verify_us = min(UINT32_MAX, int(timing.verify * 1e6))
-    message.batch_size = timing.batch
+    queue, draft, verify, message.batch_size = timing
+    message.queue_us = min(UINT32_MAX, int(queue * 1e6))
+    message.draft_us = min(UINT32_MAX, int(draft * 1e6))
+    message.verify_us = min(UINT32_MAX, int(verify * 1e6))
 
 
 def shape_pb(shape: DraftShape) -> pb.DraftParams:

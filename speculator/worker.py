@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 from speculator.answers import Answer
 from speculator.errors import EngineFailedError, SpeculatorError
+from speculator.inbox import Inbox
 from speculator.scheduler import Scheduler
 from speculator.session import Job
 from speculator.totals import Totals
@@ -22,9 +22,8 @@ from speculator.types import EngineInfo, SamplingParams, Step, StepResult, StepT
 
 log = logging.getLogger(__name__)
 
-SWEEP_SECONDS = 0.25
-
 Outcome = StepResult | SpeculatorError
+Act: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
 Delivery = tuple[Job, Answer | SpeculatorError]
 
 
@@ -39,6 +38,8 @@ class EngineLike(Protocol):
     def close(self, row: int) -> None: ...
 
     def step(self, steps: Sequence[Step]) -> list[StepResult]: ...
+
+    def passes_run(self) -> Mapping[str, tuple[int, int]]: ...
 
 
 class Worker:
@@ -63,9 +64,8 @@ class Worker:
         self._deliver = deliver
         self._failed = failed
         self._clock = clock
-        self._inbox: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
+        self._inbox: Inbox[Act] = Inbox()
         self._alive = True
-        self._swept = clock()
         self._thread = threading.Thread(target=self._main, name="speculator-device", daemon=True)
 
     def start(self) -> None:
@@ -83,9 +83,7 @@ class Worker:
 
     def leftovers(self) -> list[Delivery]:
         """Answers, all errors, of what the thread left undone when it ended."""
-        while not self._inbox.empty():
-            act, args = self._inbox.get()
-            act(*args)
+        self._act()
         self.scheduler.fail_all(EngineFailedError("the engine has stopped"))
         return self.scheduler.take_answers()
 
@@ -101,29 +99,19 @@ class Worker:
             self._failed(error)
 
     def _turn(self) -> None:
-        self._take()
-        steps = self.scheduler.next_steps()
+        scheduler = self.scheduler
+        if not scheduler.ready:
+            self._inbox.wait()
+        self._act()
+        steps = scheduler.next_steps()
         if steps:
-            self.scheduler.complete(self._run(steps), self._engine.times)
-        if self.scheduler.now - self._swept >= SWEEP_SECONDS:
-            self._swept = self.scheduler.now
-            self.scheduler.sweep()
-        answers = self.scheduler.take_answers()
+            scheduler.complete(self._run(steps), self._engine.times)
+        answers = scheduler.take_answers()
         if answers:
             self._deliver(answers)
-            self.scheduler.settle()
 
-    def _take(self) -> None:
-        """Empties the inbox; waits for the first entry when there is nothing else to do."""
-        inbox = self._inbox
-        if not self.scheduler.ready:
-            try:
-                act, args = inbox.get(timeout=SWEEP_SECONDS)
-            except Empty:
-                return
-            act(*args)
-        while not inbox.empty():
-            act, args = inbox.get()
+    def _act(self) -> None:
+        for act, args in self._inbox.take():
             act(*args)
 
     def _run(self, steps: Sequence[Step]) -> Sequence[Outcome]:

@@ -113,6 +113,9 @@ class FakeEngine:
         for page in self.rows.pop(row).pages:
             del self._page_owner[page]
 
+    def passes_run(self) -> dict[str, tuple[int, int]]:
+        return {}
+
     def step(self, steps: Sequence[Step]) -> list[StepResult]:
         self._threads.add(threading.get_ident())
         assert len(self._threads) == 1, "two threads on the device"

@@ -43,6 +43,9 @@ class EchoEngine:
     def close(self, row: int) -> None:
         return None
 
+    def passes_run(self) -> dict[str, tuple[int, int]]:
+        return {}
+
     def step(self, steps: Sequence[Step]) -> list[StepResult]:
         return [self._one(step) for step in steps]
 

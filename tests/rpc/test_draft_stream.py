@@ -11,6 +11,7 @@ import pytest
 from google.protobuf import duration_pb2
 from google.rpc import status_pb2
 
+from speculator.errors import DrainingError
 from speculator.v1 import drafter_pb2 as pb
 from tests.fakes import FakeEngine, FakeTokenizer, info, plain
 from tests.service import PROMPT, Service, bound, create, details, reason, serving, until
@@ -277,15 +278,49 @@ async def test_a_slow_reader_is_not_buffered_without_bound(monkeypatch: pytest.M
                 await call.write(big)
 
         flooding = asyncio.create_task(flood())
-        await until(lambda: len(stream._out) >= 7)  # one more may be in the hands of the transport
+        await until(lambda: len(stream._writer.waiting) >= 7)  # one more may be in the hands of the transport
         await asyncio.sleep(0.1)
-        assert len(stream._out) <= 8 and not flooding.done(), "requests are left unread while answers pile up"
+        assert len(stream._writer.waiting) <= 8 and not flooding.done(), (
+            "requests are left unread while answers pile up"
+        )
         heard = 0
         while heard < 200:
             assert (await call.read()).HasField("status")
             heard += 1
         await flooding
         call.cancel()
+
+
+async def test_a_client_that_leaves_requests_unread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("speculator.stream.MAX_OPEN", 2)
+    async with streaming() as (s, stream):
+        await stream.ask(create_session=create("a"))
+        s.engine.gate.clear()
+        s.engine.entered.clear()
+        await stream.send(verify=verify("a", 5))
+        await asyncio.to_thread(s.engine.entered.wait)
+        for base in (6, 7, 8):
+            await stream.send(verify=verify("a", base))
+        (live,) = s.server._drafter.streams
+        await until(lambda: live._room is not None)
+        stream.cancel()
+        await until(lambda: not s.server._drafter.streams)
+        s.engine.gate.set()
+        await until(lambda: s.core.in_flight == 0)
+        assert (await s.stub.GetSession(pb.GetSessionRequest(session_id="a"))).session.committed_length == 6
+    assert not [record for record in caplog.records if record.name.startswith("speculator")]
+
+
+async def test_a_stream_that_comes_while_the_server_leaves_is_told_so() -> None:
+    async with serving() as s:
+        before = s.stub.Draft()
+        await until(lambda: len(s.server._drafter.streams) >= 1)
+        s.server._drafter.leave(DrainingError("the server is shutting down"))
+        late = s.stub.Draft()
+        for call in (before, late):
+            assert await asyncio.wait_for(call.code(), 5) is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_thousand_bad_items_behind_a_slow_one() -> None:

@@ -136,6 +136,10 @@ def scrape(port: int) -> dict[str, dict[str, float]]:
     }
 
 
+def output_tokens(found: dict[str, dict[str, float]]) -> float:
+    return found.get("speculator_output_tokens", {}).get("speculator_output_tokens_total", 0.0)
+
+
 async def test_metrics() -> None:
     async with serving(metrics_port=free_port()) as s:
         parts = [p async for p in s.stub.Generate(pb.GenerateRequest(session=create("g", stopping=bound(30))))]
@@ -144,7 +148,9 @@ async def test_metrics() -> None:
             await s.stub.Verify(verify("a", 99))
         handled = f"grpc_server_handled_total|ABORTED|Verify|{DRAFTER}|unary"
         found: dict[str, dict[str, float]] = {}
-        while handled not in found.get("grpc_server_handled", {}):  # the call is counted once it is over
+        while (
+            handled not in found.get("grpc_server_handled", {}) or output_tokens(found) < 31
+        ):  # counted a little later
             found = await asyncio.to_thread(scrape, s.server.metrics_port)
             await asyncio.sleep(0.01)
         stats = parts[-1].stats
@@ -152,7 +158,7 @@ async def test_metrics() -> None:
         assert found["speculator_draft_tokens"]["speculator_draft_tokens_total"] == stats.num_draft_tokens
         accepted = found["speculator_accepted_draft_tokens"]["speculator_accepted_draft_tokens_total"]
         assert accepted == stats.num_accepted_draft_tokens
-        assert found["speculator_output_tokens"]["speculator_output_tokens_total"] == 31
+        assert output_tokens(found) == 31
         by_position = found["speculator_accepted_tokens_at_position"]
         assert list(by_position.values()) == list(stats.accepted_at_position)
         assert list(by_position)[0] == "speculator_accepted_tokens_at_position_total|1"
@@ -478,3 +484,13 @@ def test_another_address_needs_tls_or_a_word() -> None:
     with pytest.raises(ConfigError, match="insecure"):
         ServerConfig(host="0.0.0.0")
     ServerConfig(host="0.0.0.0", insecure=True)
+
+
+async def test_metrics_say_which_passes_were_replayed() -> None:
+    async with serving(metrics_port=free_port()) as s:
+        s.engine.passes_run = lambda: {"target verify": (7, 2)}
+        found = await asyncio.to_thread(scrape, s.server.metrics_port)
+        assert found["speculator_passes"] == {
+            "speculator_passes_total|replayed|target verify": 7.0,
+            "speculator_passes_total|eager|target verify": 2.0,
+        }

@@ -13,7 +13,6 @@ from speculator.errors import (
 from speculator.session import (
     Kept,
     Kind,
-    Round,
     Session,
     SessionSpec,
     check_speculation,
@@ -29,13 +28,15 @@ from speculator.session import (
 from speculator.types import Draft, DraftShape, FinishReason, Rule, StepResult
 
 EOS = 0
+DEEP = 1 << 30
 
 
 def verdict(made: Session, draft: Draft, result: StepResult) -> tuple[int, int, int]:
     """Commits a verdict and counts it, as a scheduler would."""
     tokens, finish = cut(made, result.tokens)
     commit(made, tokens, finish)
-    return count_round(Round(made, draft, len(tokens), min(len(result.accepted), len(tokens))))
+    most = DEEP if finish is FinishReason.RUNNING else len(tokens)
+    return count_round(made, draft, min(len(result.accepted), len(tokens)), most)
 
 
 def chain(*tokens: int) -> Draft:
