@@ -148,7 +148,11 @@ class CudaRecorder:
 
     def _segments(self) -> list[dict[str, Any]]:
         segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()
-        return [segment for segment in segments if tuple(segment["segment_pool_id"]) in {tuple(pool) for pool in self._pools}]
+        return [
+            segment
+            for segment in segments
+            if tuple(segment["segment_pool_id"]) in {tuple(pool) for pool in self._pools}
+        ]
 
     def warm(self, body: Callable[[], T]) -> T:
         outside = torch.cuda.current_stream(self.device)

@@ -134,14 +134,38 @@ def fill(buffers: Buffers, values: Buffers, pads: Mapping[str, float]) -> None:
     """Copy each value into the corner of its buffer and pad the rest; StateError before anything is written."""
     for name, value in values.items():
         _check_value(name, buffers, value)
-    for name, value in values.items():
-        buffer = buffers[name]
-        if value.shape == buffer.shape:
-            buffer.copy_(value, non_blocking=True)
-            continue
-        value = value.clone() if storage_key(value) == storage_key(buffer) else value
-        buffer.fill_(pads.get(name, 0))
-        buffer[tuple(slice(size) for size in value.shape)].copy_(value, non_blocking=True)
+    pairs = [(buffers[name], value, pads.get(name, 0)) for name, value in values.items()]
+    small = [(buffer, pad) for buffer, value, pad in pairs if value.shape != buffer.shape]
+    sources = [value.clone() if storage_key(value) == storage_key(buffer) else value for buffer, value, _ in pairs]
+    places = [buffer[tuple(slice(size) for size in value.shape)] for buffer, value, _ in pairs]
+    _pad(small)
+    _copy(places, sources)
+
+
+def _pad(buffers: list[tuple[Tensor, float]]) -> None:
+    """One kernel a type for all that is padded with 0, where launches count."""
+    zeroed: dict[torch.dtype, list[Tensor]] = {}
+    for buffer, pad in buffers:
+        if pad == 0 and buffer.is_cuda:
+            zeroed.setdefault(buffer.dtype, []).append(buffer)
+        else:
+            buffer.fill_(pad)
+    for group in zeroed.values():
+        torch._foreach_zero_(group)
+
+
+def _copy(places: list[Tensor], sources: list[Tensor]) -> None:
+    """One kernel a type for all copies within a device, where launches count and torch can."""
+    together: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for place, source in zip(places, sources, strict=True):
+        if place.is_cuda and source.is_cuda:
+            group = together.setdefault(place.dtype, ([], []))
+            group[0].append(place)
+            group[1].append(source)
+        else:
+            place.copy_(source, non_blocking=True)
+    for to, given in together.values():
+        torch._foreach_copy_(to, given)
 
 
 def _check_value(name: str, buffers: Buffers, value: Tensor) -> None:
