@@ -55,7 +55,7 @@ class ModelConfig:
 class EngineConfig:
     """How the device is shared. Sizes are in tokens unless they say otherwise; 0 lets the engine decide."""
 
-    page_size: int = 16  # tokens of one KV page
+    page_size: int = 0  # tokens of one KV page; 0 is 64 on a GPU, where kernels read whole pages, and 16 on a CPU
     kv_tokens: int = 0  # size of the KV cache over all sessions
     max_sessions: int = 64
     max_context: int = 0  # tokens of one session; 0 is what the target was trained for
@@ -64,7 +64,7 @@ class EngineConfig:
     memory_share: float = 0.9  # of a GPU that may be in use, other processes included
 
     def __post_init__(self) -> None:
-        _within(self, "engine", page_size=(1, 1024), kv_tokens=(0, UNBOUNDED), max_sessions=(1, 4096))
+        _within(self, "engine", page_size=(0, 1024), kv_tokens=(0, UNBOUNDED), max_sessions=(1, 4096))
         _require(
             0 < self.memory_share <= 1, f"engine.memory_share must be above 0 and at most 1, not {self.memory_share}."
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ Build = Callable[[], tuple[Decoder, DraftHead | None]]
 
 def build_engine(config: Config, device: torch.device, build: Build, progress: Progress | None = None) -> Engine:
     """An engine around the models that `build` puts on the device: cache sized, passes recorded."""
+    config = with_page_size(config, device)
     before = cuda_meter(device)() if device.type == "cuda" else None
     target, head = build()
     mode, sizes = graph_mode(config, device), graph_sizes(config, target)
@@ -67,6 +69,12 @@ def build_engine(config: Config, device: torch.device, build: Build, progress: P
     if mode != "off":
         record_passes(engine, sizes, sized.graphs if sized else NO_GRAPHS, progress)
     return engine
+
+
+def with_page_size(config: Config, device: torch.device) -> Config:
+    """The configuration with the page size that suits the device where none is given."""
+    size = config.engine.page_size or (64 if device.type == "cuda" else 16)
+    return replace(config, engine=replace(config.engine, page_size=size))
 
 
 def graph_mode(config: Config, device: torch.device) -> str:

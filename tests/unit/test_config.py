@@ -93,7 +93,7 @@ def test_overrides_inside_a_table_add_up() -> None:
         ("engine.page_size=big", 'engine.page_size must be a whole number, not "big".'),
         ("engine.page_size=1.5", "engine.page_size must be a whole number, not 1.5."),
         ("engine.page_size=true", "engine.page_size must be a whole number, not true."),
-        ("engine.page_size=0", "engine.page_size must be between 1 and 1024, not 0."),
+        ("engine.page_size=-1", "engine.page_size must be between 0 and 1024, not -1."),
         ("engine.kv_tokens=-1", "engine.kv_tokens must be at least 0, not -1."),
         ("engine.page_size", 'written section.key=value, not "engine.page_size"'),
         ("page_size=3", "written section.key=value"),
