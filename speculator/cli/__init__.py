@@ -40,7 +40,8 @@ app.add_typer(client, name="client")
 app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; flags win over it.")]
-Target = Annotated[str | None, typer.Option(help="Folder of the target model. Default: the bundled small pair.")]
+BundledPair = Annotated[str | None, typer.Option("--pair", help="Name of a bundled pair. Default: the first one.")]
+Target = Annotated[str | None, typer.Option(help="Folder of the target model. Default: that of a bundled pair.")]
 Head = Annotated[str | None, typer.Option(help="Folder of the draft head, made for that target.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -75,6 +76,7 @@ def _root(
 @app.command()
 def serve(
     config: ConfigFile = None,
+    pair: BundledPair = None,
     target: Target = None,
     head: Head = None,
     device: Device = None,
@@ -101,7 +103,7 @@ def serve(
     from speculator.cli.run import run_server
 
     flags = (config, target, head, device, dtype, depth, branching, nodes, threads, graphs)
-    run_server(Flags(*flags, host, port, insecure or None, sets or ()))
+    run_server(Flags(*flags, host, port, insecure or None, sets or (), pair))
 
 
 @app.command()
@@ -124,6 +126,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text, with or without drafts.")] = 0,
     stats: Annotated[bool, typer.Option("--stats", help="Print acceptance to stderr at the end.")] = False,
     config: ConfigFile = None,
+    pair: BundledPair = None,
     target: Target = None,
     head: Head = None,
     device: Device = None,
@@ -148,7 +151,8 @@ def generate(
     from speculator.cli.run import Ask, read_prompt, run_generate
 
     ask = Ask(read_prompt(prompt, file), raw, plain, max_new_tokens, temperature, top_p, top_k, seed, stats)
-    flags = Flags(config, target, head, device, dtype, depth, branching, nodes, threads, sets=sets or ())
+    shape = (depth, branching, nodes)
+    flags = Flags(config, target, head, device, dtype, *shape, threads, graphs, sets=sets or (), pair=pair)
     run_generate(ask, flags, server)
 
 
@@ -156,6 +160,7 @@ def generate(
 def demo(
     new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer in tokens.")] = 96,
     config: ConfigFile = None,
+    pair: BundledPair = None,
     target: Target = None,
     head: Head = None,
     device: Device = None,
@@ -174,11 +179,13 @@ def demo(
     \b
     Examples:
       speculator demo
+      speculator demo --pair nano-moe
       speculator demo --depth 7 --branching 10 --nodes 59
     """
     from speculator.cli.run import run_demo
 
-    flags = Flags(config, target, head, device, dtype, depth, branching, nodes, threads, sets=sets or ())
+    shape = (depth, branching, nodes)
+    flags = Flags(config, target, head, device, dtype, *shape, threads, graphs, sets=sets or (), pair=pair)
     raise Exit(run_demo(flags, new_tokens))
 
 
@@ -219,11 +226,11 @@ def inspect(
 @app.command()
 def train(
     stages: Annotated[
-        list[str], typer.Argument(help="all, or some of: tokenizer, tokens, target, answers, eagle3, ...")
+        list[str], typer.Argument(help="all, or some of: tokenizer, tokens, target, refine, answers, head, ...")
     ],
     data: Annotated[Path, typer.Option(help="Folder of *.jsonl.gz corpora.")],
     out: Annotated[Path, typer.Option(help="Folder for models and results.")],
-    recipe: Annotated[str, typer.Option(help="A TOML file, or the name of a recipe that comes along.")] = "bundled",
+    recipe: Annotated[str, typer.Option(help="A TOML file, or the name of a recipe that comes along.")] = "nano-en",
     prompts: Annotated[
         Path | None, typer.Option(help="Folder with mt_bench.jsonl, gsm8k.jsonl, humaneval.jsonl.")
     ] = None,
@@ -233,14 +240,14 @@ def train(
     pace: Annotated[float, typer.Option(min=0.0, help="Multiplies every time budget of the recipe.")] = 1.0,
     force: Annotated[bool, typer.Option("--force", help="Run stages again whose results are there.")] = False,
 ) -> None:
-    """Train a tokenizer, a target and an EAGLE-3 head on the target's own answers, stage by stage.
+    """Train a tokenizer, a target and its draft head on the target's own answers, stage by stage.
 
     A stage whose result is there is skipped.
 
     \b
     Examples:
-      speculator train all --data corpora --out runs/nano-en --recipe bundled
-      speculator train eagle3 --data corpora --out runs/nano-en --force
+      speculator train all --data corpora --out runs/nano-moe --recipe nano-moe
+      speculator train head --data corpora --out runs/nano-en --force
       speculator train all --data corpora --out runs/toy --recipe toy --device cpu
     """
     from speculator.cli.run import run_train

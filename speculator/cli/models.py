@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speculator.bundled import find_pairs
+from speculator.bundled import find_pair
 from speculator.config import Config, load
 from speculator.errors import ConfigError
 
@@ -41,7 +41,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of a command that loads models; None was not given. `sets` are section.key=value."""
+    """The flags of a command that loads models; None was not given. `sets` are section.key=value, `pair` is a name."""
 
     config: Path | None = None
     target: str | None = None
@@ -57,6 +57,7 @@ class Flags:
     port: int | None = None
     insecure: bool | None = None
     sets: Sequence[str] = ()
+    pair: str | None = None
 
     @property
     def overrides(self) -> list[str]:
@@ -70,16 +71,16 @@ def _text(value: object) -> str:
 
 
 def configure(flags: Flags, *more: str) -> Config:
-    """The configuration that flags and file come to; the bundled pair where neither names a target."""
+    """The configuration that flags and file come to; a bundled pair where neither names a target."""
     config = load(flags.config, [*flags.overrides, *more])
+    named = config.model.target or config.model.head
+    if flags.pair and named:
+        raise ConfigError(f"--pair {flags.pair} names target and head, but {named} is named too: give one of them.")
     if config.model.target:
         return config
-    if config.model.head:
+    if named:
         raise ConfigError("A head is named but no target: give --target as well.")
-    pairs = find_pairs()
-    if not pairs:
-        raise ConfigError("No target is named and no bundled pair is here: give --target PATH and --head PATH.")
-    pair = pairs[0]
+    pair = find_pair(flags.pair)
     return load(flags.config, [f"model.target={pair.target}", f"model.head={pair.head}", *flags.overrides, *more])
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from speculator.train.recipe import RecipeError, bundled_recipe, load_recipe, scale_time
+from speculator.train.recipe import RecipeError, bundled_recipe, load_recipe, recipe_names, scale_time
 from speculator.train.stages import STAGES, Run, run_stages
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m speculator.train", description="Train a target and its EAGLE-3 head.")
-    p.add_argument("recipe", help="a TOML file, or the name of a recipe of this package (nano-en, pilot, toy)")
+    p = argparse.ArgumentParser(prog="python -m speculator.train", description="Train a target and its draft head.")
+    p.add_argument("recipe", help=f"a TOML file, or the name of a recipe of this package ({', '.join(recipe_names())})")
     p.add_argument("--data", type=Path, required=True, help="folder of *.jsonl.gz corpora")
     p.add_argument("--out", type=Path, required=True, help="folder for models and results")
     p.add_argument("--cache", type=Path, help="folder for tokens, checkpoints and answers (default: OUT.cache)")

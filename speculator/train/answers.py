@@ -20,7 +20,7 @@ from speculator.train.prompts import chat_prompts, snippet_prompts, text_prompts
 from speculator.train.recipe import Answers
 from speculator.train.report import Log
 from speculator.train.tokenizer import ASSISTANT, ChatTokenizer
-from target.llama import Llama
+from target.decoder import Decoder
 
 
 class Written(NamedTuple):
@@ -56,7 +56,7 @@ def choose_temperatures(recipe: Answers, count: int, seed: int) -> list[float]:
     return [0.0 if draw.random() < recipe.greedy_share else draw.choice(heats) for _ in range(count)]
 
 
-def write_all(model: Llama, prompts: Sequence[list[int]], recipe: Answers, seed: int) -> list[Written]:
+def write_all(model: Decoder, prompts: Sequence[list[int]], recipe: Answers, seed: int) -> list[Written]:
     """Answer the prompts in rounds until all are answered or the time is up."""
     heats = choose_temperatures(recipe, len(prompts), seed)
     log, begin, tokens = Log("answers"), time.monotonic(), 0

@@ -16,11 +16,12 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def write_cards(recipe: Recipe, results: Results, data: Path, out: Path) -> None:
-    """README.md beside the pair and in both folders."""
+    """README.md beside the pair and in each of its folders."""
     text = pair_card(recipe, results, data)
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").write_text(text, encoding="utf-8")
-    for part, what in (("target", "the target"), ("eagle3", "the EAGLE-3 head")):
+    inside = " and its MTP module" if recipe.head.kind == "mtp" else ""
+    for part, what in (("target", f"the target{inside}"), ("eagle3", "the EAGLE-3 head")):
         if (out / part).exists():
             note = (
                 f"# {recipe.name}: {what}\n\nThe card of the pair, with data, licences and figures, is ../README.md.\n"
@@ -41,23 +42,45 @@ def pair_card(recipe: Recipe, results: Results, data: Path) -> str:
 
 
 def _head(recipe: Recipe, results: Results) -> str:
-    t = recipe.target
-    size, head = (results.get(stage, {}).get("parameters", 0) / 1e6 for stage in ("target", "eagle3"))
+    mtp = recipe.head.kind == "mtp"
+    size, head = (results.get(stage, {}).get("parameters", 0) / 1e6 for stage in ("target", "head"))
     return f"""# {recipe.name}
 
-A small English target and its EAGLE-3 draft head, trained from scratch by this project for demonstrations, tests and
-benchmarks of speculative decoding. It writes short, often clumsy and wrong text; do not use it for anything else.
+A small English target and its {"MTP module" if mtp else "EAGLE-3 draft head"}, trained from scratch by this project for
+demonstrations, tests and benchmarks of speculative decoding. It writes short, often clumsy and wrong text; do not use
+it for anything else.
 
 | part | shape | parameters |
 |---|---|---|
-| target | Llama layout, {t.layers} layers of width {t.hidden_size}, {t.heads} heads and {t.kv_heads} key-value heads \
-of {t.head_dim}, MLP {t.intermediate_size}, vocabulary {recipe.tokenizer.vocab_size}, tied embeddings | {size:.2f} M |
-| eagle3 | one layer, taps at boundaries {list(recipe.taps)}, MLP {recipe.head.intermediate_size}, own lm_head over \
-the whole vocabulary | {head:.2f} M |
+| target | {_target_shape(recipe)} | {size:.2f} M |
+| {"MTP module" if mtp else "eagle3"} | {_mtp_shape(recipe) if mtp else _eagle3_shape(recipe)} | {head:.2f} M |
 
 Weights are bfloat16. The chat format is `<|user|>question<|end|><|assistant|>answer<|end|>`; texts start after
 `<|end|>`.
 """
+
+
+def _target_shape(recipe: Recipe) -> str:
+    t, rest = recipe.target, f"vocabulary {recipe.tokenizer.vocab_size}, tied embeddings"
+    if t.mla is None or t.moe is None:
+        heads = f"{t.heads} heads and {t.kv_heads} key-value heads of {t.head_dim}"
+        return f"Llama layout, {t.layers} layers of width {t.hidden_size}, {heads}, MLP {t.intermediate_size}, {rest}"
+    m, e = t.mla, t.moe
+    latent = f"{t.heads} heads over latents of {m.rank} + {m.rope_dim}"
+    experts = f"{e.top_k} of {e.experts} experts and {e.shared} shared, of {e.inner_size}"
+    dense = f"first {e.dense_layers} dense, {t.intermediate_size}"
+    return f"DeepSeek-V3 layout, {t.layers} layers of width {t.hidden_size} ({dense}), {latent}, {experts}, {rest}"
+
+
+def _eagle3_shape(recipe: Recipe) -> str:
+    lm_head = "own lm_head" if recipe.head.own_lm_head else "the target's lm_head"
+    taps = f"taps at boundaries {list(recipe.taps)}"
+    return f"one layer, {taps}, MLP {recipe.head.intermediate_size}, {lm_head} over the whole vocabulary"
+
+
+def _mtp_shape(recipe: Recipe) -> str:
+    number = recipe.target.layers
+    return f"one layer of the target's kind, in the target's folder as `model.layers.{number}.*`; the target's lm_head"
 
 
 def _figures(results: Results) -> str:
@@ -69,13 +92,22 @@ def _figures(results: Results) -> str:
         "",
         "Greedy, float32 arithmetic, prompts not trained on. tau is the number of tokens",
     ]
-    lines += ["committed per target pass with a chain of drafts, bonus token included.", ""]
+    lines += [
+        "committed per target pass with a chain of drafts, bonus token included. Shared 8-grams stand in several",
+        "answers of a set.",
+    ]
+    lines += [""]
     depths = list(next(iter(sets.values())).get("chain", {}))
-    lines += ["| prompts | " + " | ".join(f"tau, depth {d}" for d in depths) + " | repeated 4-grams | ended | tokens |"]
-    lines += ["|---" * (len(depths) + 4) + "|"]
+    lines += [
+        "| prompts | "
+        + " | ".join(f"tau, depth {d}" for d in depths)
+        + " | repeated 4-grams | shared 8-grams | ended | tokens |"
+    ]
+    lines += ["|---" * (len(depths) + 5) + "|"]
     for name, s in sets.items():
         taus = " | ".join(f"{s['chain'][d]['tau']:.2f}" for d in depths)
-        rest = f"{s['repeated_4grams']:.1%} | {s['ended']:.0%} | {s['mean_tokens']}"
+        shared = f"{s['shared_8grams']:.1%}" if "shared_8grams" in s else "-"
+        rest = f"{s['repeated_4grams']:.1%} | {shared} | {s['ended']:.0%} | {s['mean_tokens']}"
         lines.append(f"| {name} ({s['prompts']}) | {taus} | {rest} |")
     return "\n".join([*lines, "", *_survival(sets), ""])
 
@@ -103,17 +135,17 @@ def _measured(results: Results) -> str:
 
 
 def _losses(results: Results) -> str:
-    target, head = results.get("target", {}), results.get("eagle3", {})
+    target, refined, head = (results.get(stage, {}) for stage in ("target", "refine", "head"))
     lines = ["## Losses", ""]
-    for name, curve in target.get("phases", {}).items():
+    for name, curve in (target.get("phases", {}) | {"refine": refined.get("curve", [])}).items():
         losses = [row["loss"] for row in curve if "loss" in row]
         if losses:
             lines.append(f"- {name}: {losses[0]:.2f} to {losses[-1]:.2f} in {curve[-1]['step']} steps")
     if head.get("curve"):
         curve = head["curve"]
-        lines.append(f"- eagle3: {curve[0]['loss']:.2f} to {curve[-1]['loss']:.2f} in {curve[-1]['step']} steps")
-    if target.get("heldout_loss"):
-        each = ", ".join(f"{name} {loss:.2f}" for name, loss in target["heldout_loss"].items())
+        lines.append(f"- head: {curve[0]['loss']:.2f} to {curve[-1]['loss']:.2f} in {curve[-1]['step']} steps")
+    if heldout := refined.get("heldout_loss") or target.get("heldout_loss"):
+        each = ", ".join(f"{name} {loss:.2f}" for name, loss in heldout.items())
         lines += ["", f"Held-out documents, nats per token: {each}."]
     return "\n".join([*lines, ""])
 
@@ -125,21 +157,13 @@ def _commands(recipe: Recipe, results: Results) -> str:
     return f"""## How it was made
 
 ```
-{_command(recipe)}
+python -m speculator.train {recipe.name} --data CORPORA --prompts PROMPTS --out {recipe.name}
 ```
 
 on {device}. Seconds: {spent}.
 The recipe holds every number. {recipe.heldout_percent} % of the documents of each source were held out; the
 evaluation prompts and texts that share a 13-word sequence with them are not in the data.
 """
-
-
-def _command(recipe: Recipe) -> str:
-    if recipe.companion is None:
-        return f"python -m speculator.train {recipe.name} --data CORPORA --prompts PROMPTS --out {recipe.name}"
-    return f"""deploy/models/train.sh CORPORA PROMPTS OUT
-# which runs {recipe.name}-base (a language model) and then {recipe.name} with --start: target and head together, each
-# reaching into the other's gradients, so that the target's next tokens can be followed; then the head alone"""
 
 
 def _sources(recipe: Recipe, data: Path) -> str:

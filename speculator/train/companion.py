@@ -7,17 +7,17 @@ phases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from speculator.heads.eagle3 import Eagle3Head
+from speculator.heads.base import DraftHead
 from speculator.train.data import Document, Stream
-from speculator.train.eagle3 import HeadData, Rows, head_loss
+from speculator.train.head import HeadData, Rows, head_loss
 from speculator.train.optim import Optimizers
 from speculator.train.recipe import Companion, Head
-from target.llama import Llama
+from target.decoder import Decoder
 
 GAIN = 0.02  # an agreement that is 0.1 short doubles the weight in 350 steps
 
@@ -26,22 +26,24 @@ class CompanionTrainer:
     """Adds `weight` times the head's loss to the gradients of target and head, on its own batches."""
 
     def __init__(
-        self, head: Eagle3Head, model: Llama, recipe: Companion, shape: Head, streams: Mapping[str, Stream], seed: int
+        self, head: DraftHead, model: Decoder, recipe: Companion, shape: Head, streams: Mapping[str, Stream], seed: int
     ) -> None:
         self.head, self.model, self.recipe = head, model, recipe
-        self._shape = shape
+        self._shape, self._seed = shape, seed
+        self.goal = recipe.goal
         device = model.embed.weight.device
         documents = sample_documents(streams, recipe.weights, recipe.documents, recipe.length, seed)
         self._data = HeadData(documents, recipe.length, device, seed)
         self._optimizers = Optimizers(head, recipe.learning)
         self._none = torch.zeros((), device=device)
         self.weight = torch.full((), recipe.weight, device=device)
+        self.labels = torch.full((), recipe.labels, device=device)
         self._loss = self._compiled()
         self.last = self._none
 
     def _compiled(self) -> Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]:
         def loss(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-            total, agreement = head_loss(self.head, self.model, rows, self._shape, self._none, joint=True)
+            total, agreement = head_loss(self.head, self.model, rows, self._shape, self._none, self.labels)
             return total / self._shape.unroll, agreement
 
         return torch.compile(loss, dynamic=False) if self._none.is_cuda else loss
@@ -51,12 +53,19 @@ class CompanionTrainer:
         value, agreement = self._loss(self._data.batch(self.recipe.rows))
         (value * self.weight).backward()
         self.last = agreement[0]
-        if self.recipe.goal > 0:  # on the device: the host never waits for it
-            self.weight.mul_(torch.exp(GAIN * (self.recipe.goal - self.last))).clamp_(0.01, 0.5)
+        if self.goal > 0:  # on the device: the host never waits for it
+            self.weight.mul_(torch.exp(GAIN * (self.goal - self.last))).clamp_(0.01, self.recipe.most)
+
+    def read(self, documents: Sequence[Document]) -> None:
+        """From now on learn from the target's own answers, as the recipe has it for refinement."""
+        self._data = HeadData(documents, self.recipe.length, self._none.device, self._seed)
+        self.goal = self.recipe.refine_goal
+        self.labels.fill_(self.recipe.refine_labels)
 
     def state(self) -> dict[str, float]:
         """For a log line."""
-        return {"agree": float(self.last), "joint": float(self.weight)}
+        unrest = {f"head_{name}": value for name, value in self._optimizers.state().items()}
+        return {"agree": float(self.last), "joint": float(self.weight), **unrest}
 
     def step(self, progress: float) -> None:
         self._optimizers.step(progress)

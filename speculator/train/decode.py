@@ -11,33 +11,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speculator.train.attention import attend_with
 from speculator.train.tokenizer import END, PAD
-from target.llama import Llama
+from target.decoder import Decoder
 
 CHECK_EVERY = 16  # steps between looks at whether all rows have ended
 
 
 class DenseCache:
-    """Keys and values [layers, 2, rows, kv_heads, length, dim] of rows that all stand at the same position."""
+    """What each layer stores, [layers, parts, rows, kv_heads, length, dim], of rows that stand at the same position."""
 
-    def __init__(self, model: Llama, rows: int, length: int) -> None:
-        config, weight = model.config, model.embed.weight
-        shape = (config.num_layers, 2, rows, config.num_kv_heads, length, config.head_dim)
-        self.store = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+    def __init__(self, model: Decoder, rows: int, length: int) -> None:
+        layers, weight = model.cache_layers, model.embed.weight
+        kv_heads, dim, parts = layers[0]
+        self.store = torch.zeros(
+            len(layers), parts, rows, kv_heads, length, dim, dtype=weight.dtype, device=weight.device
+        )
         self.at = 0  # tokens stored before the running pass
+        self.attend = attend_with(self.run, model.config.mla)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """A first pass of any length, then passes of one token."""
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """A first pass of any length, then passes of one token; of latents there is one part, keys and values both."""
         rows, length, heads, dim = q.shape
         store, end = self.store[layer], self.at + length
-        store[0, :, :, self.at : end] = k.transpose(1, 2)
-        store[1, :, :, self.at : end] = v.transpose(1, 2)
-        keys, values = store[0, :, :, :end], store[1, :, :, :end]
+        for part, new in zip(store, (k, v), strict=False):
+            part[:, :, self.at : end] = new.transpose(1, 2)
+        keys, values = store[0, :, :, :end], store[-1, :, :, :end]
         if length > 1:
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, is_causal=True, enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), keys, values, is_causal=True, scale=scale, enable_gqa=True
+            )
             return out.transpose(1, 2)
         grouped = q.view(rows, k.shape[2], heads // k.shape[2], dim)
-        return F.scaled_dot_product_attention(grouped, keys, values).reshape(rows, 1, heads, dim)
+        return F.scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(rows, 1, heads, dim)
 
 
 def choose(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,7 +54,7 @@ def choose(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> T
 
 @torch.no_grad()
 def decode(
-    model: Llama, prompts: Sequence[Sequence[int]], new_tokens: int, temperature: Tensor, generator: torch.Generator
+    model: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int, temperature: Tensor, generator: torch.Generator
 ) -> list[list[int]]:
     """Continuations of at most `new_tokens`, each ending with <|end|> when the model said so.
 
@@ -80,7 +86,12 @@ def _cut(tokens: list[int]) -> list[int]:
 
 
 def decode_sorted(
-    model: Llama, prompts: Sequence[Sequence[int]], new_tokens: int, temperatures: Sequence[float], rows: int, seed: int
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    temperatures: Sequence[float],
+    rows: int,
+    seed: int,
 ) -> list[list[int]]:
     """`decode` in batches of prompts of similar length; answers in the order of the prompts."""
     device = model.embed.weight.device

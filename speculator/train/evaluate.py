@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from speculator.heads.eagle3 import Eagle3Head
+from speculator.heads.base import DraftHead
 from speculator.train.answers import Written
+from speculator.train.attention import hidden_rows
 from speculator.train.decode import decode_sorted
-from speculator.train.eagle3 import UnrolledAttention, hidden_rows
+from speculator.train.head import head_attend
 from speculator.train.recipe import Evaluation, RecipeError
-from speculator.train.repetition import repeated_share
+from speculator.train.repetition import repeated_share, shared_share
 from speculator.train.tokenizer import END, PAD, ChatTokenizer
-from target.attention.dense import attend_causal
-from target.llama import Llama
+from target.attention.dense import dense_attend
+from target.decoder import Decoder
 
 
 class Round(NamedTuple):
@@ -42,30 +43,30 @@ def load_prompts(folder: Path, name: str, tokenizer: ChatTokenizer, limit: int) 
     return [tokenizer.prompt([{"role": "user", "content": turn}]) for turn in turns]
 
 
-def greedy_texts(model: Llama, prompts: Sequence[list[int]], new_tokens: int, rows: int) -> list[Written]:
+def greedy_texts(model: Decoder, prompts: Sequence[list[int]], new_tokens: int, rows: int) -> list[Written]:
     answers = decode_sorted(model, prompts, new_tokens, [0.0] * len(prompts), rows, seed=0)
     return [Written(p, a) for p, a in zip(prompts, answers, strict=True)]
 
 
 @torch.no_grad()
-def greedy_drafts(head: Eagle3Head, model: Llama, texts: Sequence[Written], depth: int) -> list[list[list[int]]]:
+def greedy_drafts(head: DraftHead, model: Decoder, texts: Sequence[Written], depth: int) -> list[list[list[int]]]:
     """[text][row t]: the head's greedy chain for tokens t + 2 .. t + 1 + depth after the true tokens <= t + 1."""
     device = model.embed.weight.device
     sequences = [[*w.prompt, *w.answer] for w in texts]
     longest = max(map(len, sequences))
     tokens = torch.tensor([[*s, *[PAD] * (longest - len(s))] for s in sequences], device=device)
     positions = torch.arange(longest, device=device).expand_as(tokens)
-    features = head.features(model(tokens, positions, attend_causal, head.taps))[:, :-1]
+    features = head.features(model(tokens, positions, dense_attend(model.config), head.taps))[:, :-1]
     drafts = _chains(head, features, tokens[:, 1:], positions[:, :-1], depth).tolist()
     return [rows[: len(s) - 1] for rows, s in zip(drafts, sequences, strict=True)]
 
 
-def _chains(head: Eagle3Head, features: Tensor, tokens: Tensor, positions: Tensor, depth: int) -> Tensor:
+def _chains(head: DraftHead, features: Tensor, tokens: Tensor, positions: Tensor, depth: int) -> Tensor:
     """[R, N, depth]; features [R, N, F], tokens [R, N] the next tokens."""
-    attention = UnrolledAttention(hidden_rows(torch.zeros_like(tokens[:1])))
+    attend = head_attend(head, hidden_rows(torch.zeros_like(tokens[:1])))
     state, drafts = head.fuse(features), []
     for j in range(depth):
-        output = head(state, tokens, positions + j, attention.attend)
+        output = head(state, tokens, positions + j, attend)
         tokens = head.logits(output).argmax(-1)
         drafts.append(tokens)
         state = head.recycle(output)
@@ -101,13 +102,14 @@ def text_figures(texts: Sequence[Written], recipe: Evaluation) -> dict[str, Any]
     return {
         "prompts": len(texts),
         "repeated_4grams": round(repeated_share(answers), 4),
+        "shared_8grams": round(shared_share(answers), 4),
         "ended": round(sum(a[-1] == END for a in answers) / len(answers), 4),
         "mean_tokens": round(sum(map(len, answers)) / len(answers), 1),
     }
 
 
 def evaluate_set(
-    model: Llama, head: Eagle3Head | None, prompts: Sequence[list[int]], recipe: Evaluation, rows: int = 20
+    model: Decoder, head: DraftHead | None, prompts: Sequence[list[int]], recipe: Evaluation, rows: int = 20
 ) -> tuple[dict[str, Any], list[Written]]:
     """Figures of one prompt set, and its texts. Without a head only the texts are measured."""
     deepest = max(recipe.depths)
@@ -120,7 +122,7 @@ def evaluate_set(
 
 
 def _chain_sets(
-    model: Llama, head: Eagle3Head, texts: Sequence[Written], recipe: Evaluation, rows: int
+    model: Decoder, head: DraftHead, texts: Sequence[Written], recipe: Evaluation, rows: int
 ) -> dict[str, Any]:
     order = sorted(texts, key=lambda w: len(w.prompt))
     rounds: dict[int, list[Round]] = {depth: [] for depth in recipe.depths}
@@ -134,7 +136,7 @@ def _chain_sets(
 
 
 def evaluate(
-    model: Llama, head: Eagle3Head | None, tokenizer: ChatTokenizer, folder: Path, recipe: Evaluation
+    model: Decoder, head: DraftHead | None, tokenizer: ChatTokenizer, folder: Path, recipe: Evaluation
 ) -> dict[str, Any]:
     """Figures of all sets, their averages, and a few texts. Run it in float32 on the weights that are shipped."""
     sets: dict[str, Any] = {}
@@ -159,6 +161,5 @@ def averages(sets: dict[str, Any]) -> dict[str, Any]:
 
 def _brief(figures: dict[str, Any]) -> str:
     taus = {depth: chain["tau"] for depth, chain in figures.get("chain", {}).items()}
-    return (
-        f"tau {taus}  repeated {figures['repeated_4grams']}  ended {figures['ended']}  tokens {figures['mean_tokens']}"
-    )
+    texts = {"repeated": "repeated_4grams", "shared": "shared_8grams", "ended": "ended", "tokens": "mean_tokens"}
+    return "  ".join([f"tau {taus}", *(f"{name} {figures[key]}" for name, key in texts.items())])

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from speculator.train.experts import Balance
 from speculator.train.recipe import Learning
 
-VOCABULARY = ("embed", "lm_head")  # matrices whose rows are tokens: AdamW fits them better
+CLASSES = ("embed.weight", "lm_head.weight", "gate.weight")  # rows are tokens or experts: AdamW fits them better
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    Matrices of one shape are updated together. The update is scaled by sqrt(max(1, rows / columns)).
+    Matrices of one shape are updated together, and so are stacks of them (experts), each matrix for itself. The update
+    is scaled by sqrt(max(1, rows / columns)).
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.0) -> None:
@@ -43,8 +45,9 @@ class Muon(torch.optim.Optimizer):
         gradient = torch.stack([p.grad for p in same if p.grad is not None])
         memory = self.state[same[0]].setdefault("momentum", torch.zeros_like(gradient))
         memory.lerp_(gradient, 1 - group["momentum"])
-        update = orthogonalise(gradient.lerp(memory, group["momentum"])).to(same[0].dtype)
-        scale = math.sqrt(max(1.0, update.shape[1] / update.shape[2]))
+        moved = gradient.lerp(memory, group["momentum"])
+        update = orthogonalise(moved.flatten(0, -3)).view_as(moved).to(same[0].dtype)
+        scale = math.sqrt(max(1.0, update.shape[-2] / update.shape[-1]))
         torch._foreach_mul_(same, 1 - group["lr"] * group["decay"])
         torch._foreach_add_(same, list(update), alpha=-group["lr"] * scale)
 
@@ -64,10 +67,11 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Optimizers:
-    """Muon and AdamW of one model as one: `step` with the learning rate at a progress in 0..1."""
+    """Muon and AdamW of one model as one, and the balance of its experts: `step` with a progress in 0..1."""
 
     def __init__(self, model: nn.Module, learning: Learning) -> None:
         self.learning = learning
+        self.balance = Balance(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         matrices, rest = split_parameters(model) if learning.muon else ([], self.parameters)
         fused = rest[0].is_cuda
@@ -86,6 +90,11 @@ class Optimizers:
                 group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.balance.step(self.learning.balance * factor)
+
+    def state(self) -> dict[str, float]:
+        """For a log line: how unevenly the experts were used last."""
+        return {} if self.balance.excess is None else {"excess": float(self.balance.excess)}
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -94,7 +103,7 @@ def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            inner = parameter.dim() == 2 and not name.startswith(VOCABULARY)
+            inner = parameter.dim() > 1 and not name.endswith(CLASSES)
             (matrices if inner else rest).append(parameter)
     return matrices, rest
 

@@ -28,15 +28,40 @@ class TokenizerRecipe:
 
 
 @dataclass(frozen=True)
+class MlaRecipe:
+    """Sizes of latent attention (arXiv 2405.04434). `q_rank` 0 projects the queries at once."""
+
+    rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    q_rank: int = 0
+
+
+@dataclass(frozen=True)
+class MoeRecipe:
+    """A mixture of experts as in DeepSeek-V3 (arXiv 2412.19437) in all layers but the first `dense_layers`."""
+
+    experts: int
+    top_k: int
+    inner_size: int
+    shared: int = 1  # experts that every token passes
+    dense_layers: int = 1
+    scale: float = 1.0  # what the weights of the chosen experts add up to
+
+
+@dataclass(frozen=True)
 class TargetRecipe:
-    """Sizes of a Llama-layout target with tied embeddings."""
+    """Sizes of a target with tied embeddings: in DeepSeek-V3's layout with `mla` and `moe`, else in Llama's."""
 
     hidden_size: int
     layers: int
     heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate_size: int
+    intermediate_size: int  # of the dense layers
+    kv_heads: int = 0  # this and head_dim are Llama's; with `mla` they follow from it
+    head_dim: int = 0
+    mla: MlaRecipe | None = None
+    moe: MoeRecipe | None = None
     max_position: int = 2048
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -53,6 +78,7 @@ class Learning:
     weight_decay: float = 0.01
     clip: float = 1.0
     cosine: bool = False
+    balance: float = 0.001  # how far a step moves the correction of an expert that is chosen too often or too seldom
 
 
 @dataclass(frozen=True)
@@ -86,6 +112,8 @@ class Refine:
     temperature: float = 0.7
     unlikelihood: float = 0.5
     clean_share: float = 0.03  # answers with fewer repeated 4-grams are imitated
+    imitate_greedy: bool = True  # clean greedy answers too; else the sampled ones alone
+    companion_share: float = 0.2  # answers with fewer repeated 4-grams teach the companion
     learning: Learning = field(default_factory=Learning)
 
 
@@ -107,15 +135,19 @@ class Answers:
 
 @dataclass(frozen=True)
 class Head:
-    """An EAGLE-3 head and its training-time test. Empty `taps` are the default boundaries (2, n // 2, n - 3)."""
+    """A draft head and its training-time test. Empty `taps` are the default boundaries (2, n // 2, n - 3).
 
-    intermediate_size: int
-    heads: int
-    kv_heads: int
+    Sizes and switches are those of an EAGLE-3 head; an MTP module has the target's, and reads its last state only.
+    """
+
     seconds: float
     steps: int
     rows: int
     length: int
+    kind: str = "eagle3"  # or "mtp"
+    intermediate_size: int = 0
+    heads: int = 0
+    kv_heads: int = 0
     unroll: int = 7
     decay: float = 0.9  # weight of unrolled step j is decay ** j
     hard: float = 0.3  # share of the loss that is cross-entropy to the target's favourite
@@ -125,6 +157,7 @@ class Head:
     taps: tuple[int, ...] = ()
     fc_norm: bool = False
     norm_output: bool = False
+    own_lm_head: bool = True  # else the target's
     learning: Learning = field(default_factory=Learning)
 
 
@@ -132,13 +165,19 @@ class Head:
 class Companion:
     """A head trained together with the target in the named `phases` ("refine" too); its loss counts `weight`.
 
-    A `goal` > 0 steers the weight, so that the head agrees with the target that often on the texts.
+    A `goal` > 0 steers the weight, so that the head agrees with the target that often on the texts. In refinement the
+    texts are the target's own answers, with a goal of their own. `labels` is the share of the head's gradient that may
+    change what the target predicts, beside what its features say.
     """
 
     phases: tuple[str, ...]
     weights: Mapping[str, float]
     weight: float = 0.5
     goal: float = 0.0
+    refine_goal: float = 0.0
+    most: float = 0.5  # the steered weight stays below
+    labels: float = 1.0
+    refine_labels: float = 1.0
     rows: int = 64
     length: int = 256
     unroll: int = 4
@@ -176,6 +215,8 @@ class Recipe:
     @property
     def taps(self) -> tuple[int, ...]:
         n = self.target.layers
+        if self.head.kind == "mtp":
+            return ()
         return self.head.taps or (2, n // 2, n - 3)
 
 
@@ -195,15 +236,45 @@ def load_recipe(path: Path) -> Recipe:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist") from None
+        raise RecipeError(f"{path} does not exist; recipes of this package are {', '.join(recipe_names())}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
-    return parse_record(Recipe, raw, str(path))
+    recipe = parse_record(Recipe, raw, str(path))
+    if wrong := _mismatch(recipe.target, recipe.head):
+        raise RecipeError(f"{path}: {wrong}")
+    return recipe
+
+
+def _mismatch(target: TargetRecipe, head: Head) -> str:
+    """What does not go together; empty when all does."""
+    if (target.mla is None) != (target.moe is None):
+        return "target: mla and moe come together, they make a target of DeepSeek-V3's family"
+    if target.mla is None and not (target.kv_heads and target.head_dim):
+        return "target: missing keys head_dim, kv_heads; without mla they make a target of Llama's family"
+    if target.mla is not None and target.mla.rope_dim % 2:
+        return f"target: mla: rope_dim must be even, got {target.mla.rope_dim}"
+    if target.moe is not None and not 0 < target.moe.top_k <= target.moe.experts:
+        return f"target: moe: top_k {target.moe.top_k} of {target.moe.experts} experts cannot be chosen"
+    if head.kind not in ("eagle3", "mtp"):
+        return f"head: kind must be eagle3 or mtp, got {head.kind!r}"
+    if head.kind == "mtp" and target.mla is None:
+        return "head: kind mtp needs a target with mla and moe, whose family publishes such modules"
+    if head.kind == "eagle3" and not (head.intermediate_size and head.heads and head.kv_heads):
+        return "head: missing keys heads, intermediate_size, kv_heads, the sizes of an eagle3 head"
+    return ""
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Of the recipes shipped with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def bundled_recipe(name: str) -> Path:
     """The recipe shipped with the package under this name, or the path itself when it is one."""
-    here = Path(__file__).parent / "recipes" / f"{name}.toml"
+    here = RECIPES / f"{name}.toml"
     return here if here.exists() else Path(name)
 
 

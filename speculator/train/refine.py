@@ -22,14 +22,14 @@ from speculator.train.optim import Budget, Optimizers
 from speculator.train.pretrain import Loss, loss_weights
 from speculator.train.prompts import chat_prompts, snippet_prompts
 from speculator.train.recipe import Refine
-from speculator.train.repetition import repeated, repeated_share
+from speculator.train.repetition import repeated, repeated_share, stuttered
 from speculator.train.report import Log
 from speculator.train.tokenizer import END, ChatTokenizer
-from target.llama import Llama
+from target.decoder import Decoder
 
 
 def refine(
-    model: Llama,
+    model: Decoder,
     loss: Loss,
     recipe: Refine,
     streams: Mapping[str, Stream],
@@ -42,13 +42,16 @@ def refine(
     mixture = Mixture(streams, recipe.weights, recipe.length, device, seed)
     optimizers, log = Optimizers(model, recipe.learning), Log("refine")
     budget = Budget(recipe.rounds * recipe.steps, recipe.seconds, settle=recipe.steps)
+    words = frozenset(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).strip().isalpha())
     step = 0
     for number in range(recipe.rounds):
         prompts = _prompts(recipe, streams, tokenizer, seed + number)
         written, heats = _write(model, prompts, recipe, seed + number)
         joint = companion.state() if companion is not None else {}
         log(step, round=number, **_summary(written, heats), **joint)
-        rows = OwnRows(_documents(written, heats, recipe), recipe, device, seed + number)
+        if companion is not None:
+            companion.read(_followed(written, recipe))
+        rows = OwnRows(_documents(written, heats, recipe, words), recipe, device, seed + number)
         while step < (number + 1) * recipe.steps and (progress := budget.progress(step)) < 1:
             if companion is not None:
                 companion.backward()
@@ -67,7 +70,9 @@ def _prompts(recipe: Refine, streams: Mapping[str, Stream], tokenizer: ChatToken
     return prompts
 
 
-def _write(model: Llama, prompts: Sequence[list[int]], recipe: Refine, seed: int) -> tuple[list[Written], list[float]]:
+def _write(
+    model: Decoder, prompts: Sequence[list[int]], recipe: Refine, seed: int
+) -> tuple[list[Written], list[float]]:
     draw = random.Random(seed)
     heats = [recipe.temperature if draw.random() < recipe.sampled_share else 0.0 for _ in prompts]
     writer = copy.deepcopy(model).to(torch.bfloat16) if model.embed.weight.is_cuda else model
@@ -84,11 +89,21 @@ def _summary(written: Sequence[Written], heats: Sequence[float]) -> dict[str, fl
     }
 
 
-def _documents(written: Sequence[Written], heats: Sequence[float], recipe: Refine) -> list[Document]:
+def _followed(written: Sequence[Written], recipe: Refine) -> list[Document]:
+    """Answers that the companion learns to follow: what is served, less what refinement is about to remove."""
+    kept = [w for w in written if sum(repeated(w.answer)) <= recipe.companion_share * len(w.answer)]
+    return [w.document() for w in kept or written]
+
+
+def _documents(
+    written: Sequence[Written], heats: Sequence[float], recipe: Refine, words: frozenset[int] = frozenset()
+) -> list[Document]:
+    """Clean answers to imitate, and greedy ones whose repetitions are marked; `words` may not follow themselves."""
     documents = []
     for one, heat in zip(written, heats, strict=True):
-        again = repeated(one.answer)
-        if one.answer[-1] == END and sum(again) <= recipe.clean_share * len(again):
+        again = [a or b for a, b in zip(repeated(one.answer), stuttered(one.answer, words), strict=True)]
+        clean = one.answer[-1] == END and sum(again) <= recipe.clean_share * len(again)
+        if clean and (heat > 0 or recipe.imitate_greedy):
             marks = [ANSWER] * len(again)
         elif heat == 0 and any(again):
             marks = [REPEATED if bad else SKIP for bad in again]
@@ -132,4 +147,5 @@ def _step(
     (likely + recipe.unlikelihood * unlikely).backward()
     optimizers.step(progress)
     if step % 10 == 0 and log.due:
-        log(step, loss=float(likely.detach()), unlikelihood=float(unlikely.detach()), progress=progress)
+        values = {"loss": float(likely.detach()), "unlikelihood": float(unlikely.detach())} | optimizers.state()
+        log(step, **values, progress=progress)

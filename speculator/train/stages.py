@@ -15,28 +15,23 @@ from typing import Any
 
 import torch
 
-from speculator.heads.save import save_head
 from speculator.train.answers import choose_prompts, load_written, save_written, write_all
 from speculator.train.card import write_cards
 from speculator.train.companion import CompanionTrainer
 from speculator.train.data import Stream, build_streams, load_streams, sample_texts, save_stream, source_files
-from speculator.train.eagle3 import HeadData, load_eagle3, new_head, train_head
 from speculator.train.evaluate import evaluate
-from speculator.train.pretrain import (
-    Loss,
-    heldout_losses,
-    make_loss,
-    new_target,
-    round_weights,
-    target_config,
-    train_phase,
-)
+from speculator.train.experts import prepare_experts
+from speculator.train.folders import load_trained_head, save_trained_head, target_folder
+from speculator.train.head import HeadData, train_head
+from speculator.train.model import new_head, new_target, round_weights, target_config, trainable_target
+from speculator.train.pretrain import heldout_losses, make_loss, train_phase
 from speculator.train.recipe import Recipe, RecipeError
 from speculator.train.refine import refine
 from speculator.train.report import read_results, write_json
 from speculator.train.tokenizer import ChatTokenizer, load_tokenizer, train_bpe
-from target.llama import Llama
-from target.weights import load_llama, save_llama
+from target.decoder import Decoder
+from target.load import load_target
+from target.save import save_target
 
 
 @dataclass(frozen=True)
@@ -86,9 +81,9 @@ def _tokenize_one(tokenizer: Path, cache: Path, percent: float, source: tuple[st
 
 
 def train_target(run: Run) -> dict[str, Any]:
-    """All phases of language modelling, then the refinement; saves bfloat16 weights."""
+    """All phases of language modelling; saves bfloat16 weights, and the exact ones in the cache."""
     tokenizer, device = load_tokenizer(run.out / "tokenizer"), run.device
-    streams, heldout = (load_streams(run.cache / "tokens", split) for split in ("train", "heldout"))
+    streams = load_streams(run.cache / "tokens", "train")
     model = _first_weights(run, tokenizer).to(device)
     loss = make_loss(model, device)
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "phases": {}}
@@ -97,28 +92,52 @@ def train_target(run: Run) -> dict[str, Any]:
         companion = companion or _companion(run, model, phase.name, streams)
         work = partial(train_phase, model, loss, phase, streams, device, run.recipe.seed + number, companion)
         result["phases"][phase.name] = _checkpointed(run, model, phase.name, work)
-    result["before_refine"] = _measure(run, model, tokenizer)
-    if run.recipe.refine is not None:
-        companion = companion or _companion(run, model, "refine", streams)
-        result["phases"]["refine"] = _refined(run, model, loss, tokenizer, companion)
+    return result | _save_target(run, model, companion, tokenizer)
+
+
+def refine_target(run: Run) -> dict[str, Any]:
+    """Refine the target of the stage before, when the recipe wants it; replaces its weights."""
+    recipe, device = run.recipe.refine, run.device
+    if recipe is None:
+        return {}
+    tokenizer, streams = load_tokenizer(run.out / "tokenizer"), load_streams(run.cache / "tokens", "train")
+    model = trainable_target(target_folder(run.out)).to(device)
+    if (run.cache / "target.pt").exists():
+        model.load_state_dict(torch.load(run.cache / "target.pt", map_location=device, weights_only=True))
+    companion = _companion(run, model, "refine", streams)
+    if companion is not None and (run.cache / "companion.pt").exists():
+        companion.head.load_state_dict(_companion_weights(run))
+    seed = run.recipe.seed + 100
+    curve = refine(model, make_loss(model, device), recipe, streams, tokenizer, device, seed, companion)
+    return {"curve": curve} | _save_target(run, model, companion, tokenizer)
+
+
+def _save_target(
+    run: Run, model: Decoder, companion: CompanionTrainer | None, tokenizer: ChatTokenizer
+) -> dict[str, Any]:
+    """Write the target, and what a later stage needs; measure what was written."""
+    torch.save(model.state_dict(), run.cache / "target.pt")
     if companion is not None:
         torch.save(companion.head.state_dict(), run.cache / "companion.pt")
     round_weights(model)
-    result["heldout_loss"] = heldout_losses(model, heldout, 512, device)
-    print(f"[target] held-out loss {result['heldout_loss']}", flush=True)
-    save_llama(model, run.out / "target")
-    tokenizer.save(run.out / "target", run.recipe.target.max_position)
-    result["texts"] = _measure(run, model, tokenizer)
-    return result
+    losses = heldout_losses(model, load_streams(run.cache / "tokens", "heldout"), 512, run.device)
+    print(f"[target] held-out loss {losses}", flush=True)
+    save_target(model, target_folder(run.out))
+    tokenizer.save(target_folder(run.out), run.recipe.target.max_position)
+    return {"heldout_loss": losses, "texts": _measure(run, model, tokenizer)}
 
 
-def _first_weights(run: Run, tokenizer: ChatTokenizer) -> Llama:
+def _companion_weights(run: Run) -> dict[str, torch.Tensor]:
+    return torch.load(run.cache / "companion.pt", map_location=run.device, weights_only=True)  # type: ignore[no-any-return]
+
+
+def _first_weights(run: Run, tokenizer: ChatTokenizer) -> Decoder:
     if run.start is not None:
-        return load_llama(run.start, torch.float32).requires_grad_(True).train()
+        return trainable_target(run.start)
     return new_target(target_config(run.recipe.target, tokenizer.vocab_size), run.recipe.seed)
 
 
-def _companion(run: Run, model: Llama, phase: str, streams: Mapping[str, Stream]) -> CompanionTrainer | None:
+def _companion(run: Run, model: Decoder, phase: str, streams: Mapping[str, Stream]) -> CompanionTrainer | None:
     """The head that is trained with the target from this phase on, when the recipe wants one."""
     recipe = run.recipe.companion
     if recipe is None or phase not in recipe.phases:
@@ -128,17 +147,8 @@ def _companion(run: Run, model: Llama, phase: str, streams: Mapping[str, Stream]
     return CompanionTrainer(head, model, recipe, shape, streams, run.recipe.seed)
 
 
-def _refined(
-    run: Run, model: Llama, loss: Loss, tokenizer: ChatTokenizer, companion: CompanionTrainer | None
-) -> list[dict[str, float]]:
-    recipe = run.recipe.refine
-    assert recipe is not None
-    streams = load_streams(run.cache / "tokens", "train")
-    return refine(model, loss, recipe, streams, tokenizer, run.device, run.recipe.seed + 100, companion)
-
-
 def _checkpointed(
-    run: Run, model: Llama, name: str, work: Callable[[], list[dict[str, float]]]
+    run: Run, model: Decoder, name: str, work: Callable[[], list[dict[str, float]]]
 ) -> list[dict[str, float]]:
     """Run a phase, or load the weights it left."""
     path = run.cache / f"phase-{name}.pt"
@@ -152,7 +162,7 @@ def _checkpointed(
     return curve
 
 
-def _measure(run: Run, model: Llama, tokenizer: ChatTokenizer) -> dict[str, Any]:
+def _measure(run: Run, model: Decoder, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """Repetition of greedy answers, when there are prompts to measure on."""
     if run.prompts is None:
         return {}
@@ -161,27 +171,29 @@ def _measure(run: Run, model: Llama, tokenizer: ChatTokenizer) -> dict[str, Any]
 
 def write_answers(run: Run) -> dict[str, Any]:
     """Let the finished target answer many prompts; kept in the cache."""
-    tokenizer, recipe, seed = load_tokenizer(run.out / "target"), run.recipe.answers, run.recipe.seed
+    folder, recipe, seed = target_folder(run.out), run.recipe.answers, run.recipe.seed
+    tokenizer = load_tokenizer(folder)
     prompts = choose_prompts(recipe, load_streams(run.cache / "tokens", "train"), tokenizer, seed)
     # on a GPU in bfloat16: the labels are computed again in training, only the choice of words is approximate
     dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-    written = write_all(load_llama(run.out / "target", dtype, run.device), prompts, recipe, seed)
+    written = write_all(load_target(folder, dtype, run.device), prompts, recipe, seed)
     save_written(written, run.cache / "answers.npz")
     counts = {"prompts": len(written), "answer_tokens": sum(len(w.answer) for w in written)}
     shown = [{k: tokenizer.decode(v) for k, v in w._asdict().items()} for w in written[:12]]
     return counts | {"samples": shown}
 
 
-def train_eagle3(run: Run) -> dict[str, Any]:
+def train_draft_head(run: Run) -> dict[str, Any]:
     """Train the head on the answers; saves bfloat16 weights."""
-    recipe, model = run.recipe.head, load_llama(run.out / "target", torch.float32, run.device)
+    recipe, model = run.recipe.head, load_target(target_folder(run.out), torch.float32, run.device)
+    prepare_experts(model)
     documents = [w.document() for w in load_written(run.cache / "answers.npz")]
     data = HeadData(documents, recipe.length, run.device, run.recipe.seed)
     head = new_head(model, recipe, run.recipe.taps, run.recipe.seed)
     if (run.cache / "companion.pt").exists():
-        head.load_state_dict(torch.load(run.cache / "companion.pt", map_location=run.device, weights_only=True))
+        head.load_state_dict(_companion_weights(run))
     curve = train_head(head, model, data, recipe)
-    save_head(head, run.out / "eagle3")
+    save_trained_head(head, model, run.out)
     return {"parameters": sum(p.numel() for p in head.parameters()), "tokens": data.tokens, "curve": curve}
 
 
@@ -190,8 +202,9 @@ def measure(run: Run) -> dict[str, Any]:
     if run.prompts is None:
         raise RecipeError("evaluation needs --prompts, a folder with mt_bench.jsonl and the like")
     torch.set_float32_matmul_precision("highest")
-    model = load_llama(run.out / "target", torch.float32, run.device)
-    head, tokenizer = load_eagle3(run.out / "eagle3", model), load_tokenizer(run.out / "target")
+    model = load_target(target_folder(run.out), torch.float32, run.device)
+    head = load_trained_head(run.recipe.head.kind, model, run.out)
+    tokenizer = load_tokenizer(target_folder(run.out))
     result = evaluate(model, head, tokenizer, run.prompts, run.recipe.evaluation)
     print(f"[evaluate] average {result['average']}", flush=True)
     return result
@@ -208,8 +221,9 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "tokenizer": train_tokenizer,
     "tokens": tokenize,
     "target": train_target,
+    "refine": refine_target,
     "answers": write_answers,
-    "eagle3": train_eagle3,
+    "head": train_draft_head,
     "evaluate": measure,
     "card": write_card,
 }

@@ -183,16 +183,46 @@ def make_folders(root: Path, *names: str) -> None:
 
 def test_the_bundled_pair_stands_in_for_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = tmp_path / "deploy" / "models"
-    make_folders(models, "b/target", "b/mtp", "c/target", "c/eagle3", "half/target", "other/eagle3")
+    make_folders(models, "b/target", "c/target", "c/eagle3", "half/target", "other/eagle3")
+    (models / "b" / "target" / "config.json").write_text('{"num_nextn_predict_layers": 1}')
     monkeypatch.chdir(tmp_path)
     assert [pair.name for pair in find_pairs()] == ["c", "b"]
     config = configure(Flags())
     assert (config.model.target, config.model.head) == ("deploy/models/c/target", "deploy/models/c/eagle3")
     assert configure(Flags(target="mine")).model.head == ""
+    config = configure(Flags(pair="b"))  # its head is in the target's folder
+    assert (config.model.target, config.model.head) == ("deploy/models/b/target", "deploy/models/b/target")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (Flags(pair="half"), r"no bundled pair 'half'; known: b, c\."),
+        (Flags(pair="b", target="mine"), "--pair b names target and head, but mine is named too"),
+        (Flags(pair="b", head="mine"), "--pair b names target and head, but mine is named too"),
+    ],
+)
+def test_a_pair_that_cannot_be_taken(
+    flags: Flags, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folders(tmp_path / "deploy" / "models", "b/target", "b/eagle3", "c/target", "c/eagle", "half/target")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.ConfigError, match=message):
+        configure(flags)
+
+
+@pytest.mark.parametrize("command", ["demo", "serve", "generate hello"])
+def test_every_command_that_loads_models_takes_a_pair(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folders(tmp_path / "deploy" / "models", "b/target", "b/eagle3")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *command.split(), "--pair", "c", "--graphs", "off")
+    assert (code, err) == (2, "speculator: There is no bundled pair 'c'; known: b.\n")
 
 
 def test_without_a_bundled_pair_a_target_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speculator.cli.models.find_pairs", lambda: [])
+    monkeypatch.setattr("speculator.bundled.find_pairs", lambda: [])
     with pytest.raises(errors.ConfigError, match="--target"):
         configure(Flags())
 
@@ -220,9 +250,9 @@ def test_train_runs_the_stages_in_turn(
         return 0
 
     monkeypatch.setattr("speculator.train.__main__.main", main)
-    code, _, _ = run(capsys, *f"train target eagle3 --data {tmp_path} --out o --recipe toy --force --pace 0.5".split())
+    code, _, _ = run(capsys, *f"train target head --data {tmp_path} --out o --recipe toy --force --pace 0.5".split())
     assert code == 0
-    assert [call[-1] for call in calls] == ["target", "eagle3"]
+    assert [call[-1] for call in calls] == ["target", "head"]
     assert calls[0][0] == "toy" and "--force" in calls[0] and "0.5" in calls[0]
 
 

@@ -122,3 +122,19 @@ def test_pack_keeps_documents_apart() -> None:
     assert packed.positions[0, 5:45].tolist() == list(range(40))
     assert (packed.marks[packed.documents < 0] == SKIP).all()
     assert (packed.tokens[1, 10:] == 60).all() and (packed.tokens[1, :10] == 10).all()
+
+
+def test_what_is_said_to_everybody_is_counted() -> None:
+    from speculator.train.repetition import shared_share
+
+    stock = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert shared_share([stock, stock]) == 1.0
+    assert shared_share([stock, list(range(20, 29))]) == 0.0
+    assert shared_share([stock, [*stock, 30, 31]]) == pytest.approx(4 / 6)
+    assert shared_share([[1, 2]]) == 0.0
+
+
+def test_a_word_may_not_follow_itself() -> None:
+    from speculator.train.repetition import stuttered
+
+    assert stuttered([5, 5, 6, 6, 5], words={5}) == [False, True, False, False, False]

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from speculator.train.optim import Budget, Muon, curve, orthogonalise
-from speculator.train.recipe import Learning, RecipeError, bundled_recipe, load_recipe, scale_time
+from speculator.train.recipe import Learning, RecipeError, bundled_recipe, load_recipe, recipe_names, scale_time
 from speculator.train.repetition import repeated, repeated_share
 
 
-@pytest.mark.parametrize("name", ["nano-en", "pilot", "toy"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_bundled_recipes_load(name: str) -> None:
     recipe = load_recipe(bundled_recipe(name))
-    assert recipe.name == name and recipe.phases and recipe.taps
+    assert recipe.name == name and recipe.phases and bool(recipe.taps) is (recipe.head.kind == "eagle3")
     assert scale_time(recipe, 0.5).phases[0].seconds == recipe.phases[0].seconds / 2
 
 
@@ -33,6 +33,34 @@ def test_a_wrong_recipe_names_the_key(change: tuple[str, str], message: str, tmp
     (tmp_path / "r.toml").write_text(text, "utf-8")
     with pytest.raises(RecipeError, match=message):
         load_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("toy", ("head_dim = 16", ""), "target: missing keys head_dim, kv_heads"),
+        ("toy", ("[head]", '[head]\nkind = "medusa"'), "head: kind must be eagle3 or mtp, got 'medusa'"),
+        ("toy", ("[head]", '[head]\nkind = "mtp"'), "kind mtp needs a target with mla and moe"),
+        ("toy", ("[head]\nintermediate_size = 96", "[head]"), "head: missing keys heads, intermediate_size, kv_heads"),
+        ("toy-moe", ("moe = {", "# moe = {"), "mla and moe come together"),
+        ("toy-moe", ("top_k = 2", "top_k = 9"), "top_k 9"),
+        ("toy-moe", ("rope_dim = 8", "rope_dim = 7"), "rope_dim must be even, got 7"),
+        ("toy-moe", ("rank = 24, ", ""), "mla: missing keys rank"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_named(
+    name: str, change: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    text = bundled_recipe(name).read_text("utf-8")
+    assert change[0] in text
+    (tmp_path / "r.toml").write_text(text.replace(*change), "utf-8")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "r.toml")
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="wings does not exist; recipes of this package are nano-en, nano-moe, "):
+        load_recipe(bundled_recipe("wings"))
 
 
 def test_a_budget_ends_by_steps_or_by_time() -> None:
@@ -75,6 +103,19 @@ def test_muon_descends() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] / 5
+
+
+def test_muon_moves_each_matrix_of_a_stack_as_if_it_were_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    stack, gradient = torch.randn(3, 6, 4, generator=draw), torch.randn(3, 6, 4, generator=draw)
+    together, alone = stack.clone().requires_grad_(), [m.clone().requires_grad_() for m in stack]
+    together.grad = gradient
+    Muon([together], lr=0.1).step()
+    for parameter, one in zip(alone, gradient, strict=True):
+        parameter.grad = one.clone()
+        Muon([parameter], lr=0.1).step()
+    torch.testing.assert_close(together.detach(), torch.stack([p.detach() for p in alone]))
+    assert not torch.allclose(together.detach(), stack)
 
 
 def test_repetition() -> None:
