@@ -43,7 +43,10 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, size] -> weights [N, top_k] float32, experts [N, top_k] int64."""
         moe = self.moe
-        logits = F.linear(x.float(), self.weight.float())
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # training runs under it, and routing must be that of serving
+            logits = F.linear(x.float(), self.weight.float())
         scores = logits.softmax(dim=-1) if moe.gate == "softmax" else logits.sigmoid()
         choice = scores if self.correction is None else scores + self.correction
         experts = self._of_best_groups(choice).topk(moe.top_k, dim=-1).indices

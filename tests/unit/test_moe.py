@@ -252,3 +252,12 @@ def test_a_replay_routes_anew(way: str) -> None:
             recording.replay()
             assert torch.equal(out, body())
             assert not torch.equal(made.gate(x)[1], first)
+
+
+@CONFIGS
+def test_routing_under_autocast_is_that_of_serving(config: MoeConfig) -> None:
+    gate, x = random_moe(config).gate, tokens(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights, experts = gate(x)
+    expected, chosen = gate(x)
+    assert torch.equal(experts, chosen) and torch.equal(weights, expected)
