@@ -16,8 +16,7 @@ from speculator.drafting import Drafted, Start
 from speculator.heads.base import DraftHead
 from speculator.types import DraftShape
 from target.attention.base import Attention, bind
-from target.attention.choose import attention_for
-from target.attention.sdpa import SdpaAttention
+from target.attention.choose import attention_for, grouped_attention
 from target.batch import Batch
 from target.cache import PagedCache
 from target.model import Hidden, Target
@@ -104,7 +103,7 @@ def eager_passes(model: Target, head: DraftHead | None, cache: PagedCache) -> Ea
     """On the backends that the layers of target and head need over `cache`."""
     attention = attention_for(model.config, cache)
     alike = head is None or head.latent == (model.config.mla is not None)
-    return EagerPasses(model, head, attention, attention if alike else SdpaAttention(cache))
+    return EagerPasses(model, head, attention, attention if alike else grouped_attention(cache))
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""Paged grouped-query attention in Triton, for chains, trees and windows of any query length.
+
+Owns: the hand-over from a batch to launches. Must never know models or drafting. Every launch reads the batch's live
+lengths, page tables and masks on the device, so a plan holds nothing that could go stale and may be recorded and
+replayed at any length up to `longest`. Passes of up to 64 queries split long rows; longer ones (prompt chunks) run the
+same kernel in one split, cut at the diagonal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from target.batch import Batch
+from target.cache import PagedCache
+from target.errors import PlanError
+from target.kernels import gqa as kernels
+
+
+class TritonAttention:
+    """`plan` and `run` over the paged cache; neither reads the host. Padding gives zeros and is not stored.
+
+    What lies in slots that no valid query of a row sees cannot reach the results, not even NaN. A row's result has the
+    same bits whatever the other rows of the batch are, and however loose `longest` is.
+    """
+
+    def __init__(self, cache: PagedCache, config: kernels.Config | None = None) -> None:
+        """`config` replaces the table's choice, for tuning. Raises PlanError for a cache without keys and values."""
+        if not any(takes(layer) for layer in cache.layers):
+            raise PlanError(f"no layer of the cache holds keys and values of {kernels.LARGEST_DIM} or less a head")
+        self.cache, self._config = cache, config
+
+    def plan(self, batch: Batch) -> Batch:
+        """The batch itself. Raises PlanError for one that cannot be read."""
+        if batch.longest < 1:
+            raise PlanError("a batch must say how long its longest row is")
+        if not (batch.context.dtype == batch.counts.dtype == batch.pages.dtype == torch.int64):
+            raise PlanError("the attention kernels read int64 lengths and page tables")
+        return batch
+
+    def run(self, plan: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """q [R, T, heads, dim], k and v [R, T, kv_heads, dim] -> [R, T, heads, dim]."""
+        store = self.cache.layers[layer]
+        _check(store, layer, q, k)
+        plan = _side_by_side(plan)
+        kernels.launch_store(plan, k, v, store, self.cache.page_size)
+        return self.attend(plan, layer, q, window)
+
+    def attend(self, plan: Batch, layer: int, q: Tensor, window: int | None) -> Tensor:
+        """`run` over keys and values that are already stored."""
+        store, (_, queries, heads, dim) = self.cache.layers[layer], q.shape
+        config = self._config or kernels.pick(queries, heads, store.shape[2], dim, store.dtype, store.device)
+        return kernels.launch_attend(_side_by_side(plan), q, store, self.cache.page_size, window, config)
+
+
+def takes(store: Tensor) -> bool:
+    """Whether the kernels can serve a layer of this storage."""
+    return store.shape[1] == 2 and store.shape[3] <= kernels.LARGEST_DIM
+
+
+def _side_by_side(batch: Batch) -> Batch:
+    """Lengths and page tables as kernels walk them. A copy, where one is needed, is recorded with the pass."""
+    pages = batch.pages if batch.pages.stride(1) == 1 else batch.pages.contiguous()
+    return batch._replace(context=batch.context.contiguous(), counts=batch.counts.contiguous(), pages=pages)
+
+
+def _check(store: Tensor, layer: int, q: Tensor, k: Tensor) -> None:
+    if not takes(store) or k.shape[2:] != store.shape[2:] or q.shape[2] % k.shape[2] or q.dtype != store.dtype:
+        parts, heads, dim = store.shape[1:]
+        raise PlanError(
+            f"layer {layer} holds {parts} x {heads} heads of {dim} in {store.dtype} and cannot serve "
+            f"{q.shape[2]} query heads of {q.shape[3]} over {k.shape[2]} in {q.dtype}"
+        )

@@ -1,0 +1,443 @@
+"""Triton kernels of grouped-query attention over the paged cache: storing keys and values, split-KV pass, combine.
+
+Owns: device code, its launches and their configurations. Must never know plans or models.
+
+A tile is BLOCK_M (query, head) pairs of one request and kv head, numbered query * groups + group; a block is BLOCK
+cached tokens. How a request is split follows from its own length alone, so the other requests of a batch change no bit
+of its result. The grid is as large as the host's bound on lengths asks for; a split that does not exist ends at once.
+"""
+
+# triton reads the annotations of kernels, and its decorators are untyped where it is installed
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,unused-ignore"
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from target.batch import Batch
+
+LOG2E = 1.4426950408889634
+FAR = tl.constexpr(0x3FFFFFFF)
+LARGEST_DIM = 256
+STRIDES = ("page_row", "ancestor_row", "ancestor_column", "position_row", "position_column")
+SPLIT_QUERIES = 64  # tokens; longer passes have tiles enough to fill a device without splits
+
+
+@triton.jit(do_not_specialize=["offset", "page_row"])
+def store_kernel(
+    k_ptr,  # [R, T, kv_heads * dim], any strides in R and T
+    v_ptr,
+    store_ptr,  # [slots, 2, kv_heads * dim]
+    pages_ptr,  # [R, columns] int64
+    context_ptr,  # [R] int64
+    counts_ptr,  # [R] int64
+    offset,
+    page_row,
+    k_row,
+    k_token,
+    v_row,
+    v_token,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """One token's key and value, all heads; padding is not stored."""
+    request, query = tl.program_id(0), tl.program_id(1)
+    if query < tl.load(counts_ptr + request):
+        index = tl.load(context_ptr + request) + offset + query
+        slot = tl.load(pages_ptr + request * page_row + index // PAGE) * PAGE + index % PAGE
+        column = tl.arange(0, WIDTH)
+        at = store_ptr + slot * 2 * SIZE + column
+        row, token = request.to(tl.int64), query.to(tl.int64)
+        key = tl.load(k_ptr + row * k_row + token * k_token + column, mask=column < SIZE)
+        value = tl.load(v_ptr + row * v_row + token * v_token + column, mask=column < SIZE)
+        tl.store(at, key, mask=column < SIZE)
+        tl.store(at + SIZE, value, mask=column < SIZE)
+
+
+@triton.jit
+def _span(
+    request, context_ptr, counts_ptr, positions_ptr, position_row, position_column, offset, window,
+    queries, QUERIES_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr, TREE: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """context, count, the first block that any query sees, the end of the last, blocks a split, and how many splits."""
+    context = tl.load(context_ptr + request).to(tl.int32)
+    count = tl.load(counts_ptr + request).to(tl.int32)
+    last = tl.where(count > 0, (context + offset + count + BLOCK - 1) // BLOCK, 0)
+    first = tl.zeros([], tl.int32)
+    if WINDOWED:
+        lowest = context + offset
+        if TREE:
+            query = tl.arange(0, QUERIES_PAD)
+            at = positions_ptr + request * position_row + query * position_column
+            known = (query < count) & (query < queries)
+            lowest = tl.min(tl.load(at, mask=known, other=FAR).to(tl.int32), 0)
+        lowest = tl.maximum(lowest + 1 - window, 0)
+        if TREE:  # the nodes' indices say nothing of their depth
+            lowest = tl.minimum(lowest, context)
+        first = lowest // BLOCK
+    blocks = tl.maximum(last - first, 0)
+    share = tl.maximum((blocks + SPLITS - 1) // SPLITS, SHORTEST)
+    return context, count, first, last, share, tl.maximum((blocks + share - 1) // share, 1)
+
+
+@triton.jit
+def _ones(bits):
+    """How many bits of an uint64 are set."""
+    bits = bits - ((bits >> 1) & 0x5555555555555555)
+    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (bits * 0x0101010101010101 >> 56).to(tl.int32)
+
+
+@triton.jit
+def _seen(index, own, near, masks, context, window, TREE: tl.constexpr, WINDOWED: tl.constexpr):
+    """[BLOCK_M, BLOCK] bool, as `target.attention.sdpa.visible` has it; index [1, BLOCK], the others [BLOCK_M, 1]."""
+    if TREE:
+        node = index - context
+        shift = tl.minimum(tl.maximum(node, 0), 63).to(tl.uint64)
+        path = ((node >= 0) & (node < 64) & (((masks >> shift) & 1) != 0)) | (index == own)
+        seen = path | (node < 0)
+        if WINDOWED:  # a drafted node lies as far back as there are nodes of the path after it
+            own_node = own - context
+            one = tl.full(own_node.shape, 1, tl.uint64)
+            own_bit = tl.where(own_node < 64, one << tl.minimum(own_node, 63).to(tl.uint64), 0)
+            below = _ones((masks | own_bit) >> shift) - 1 + (own_node >= 64).to(tl.int32)
+            below = tl.where(index == own, 0, below)
+            seen = seen & tl.where(node < 0, index >= near, below < window)
+    else:
+        seen = index <= own
+        if WINDOWED:
+            seen = seen & (index >= near)
+    return seen
+
+
+@triton.jit
+def _absorb(q, keys, values, seen, acc, top, mass, scale, MASKED: tl.constexpr):
+    """Take one block into the running softmax: base 2, float32."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    new = tl.maximum(top, tl.max(scores, 1))
+    base = new
+    if MASKED:  # a pair that has seen nothing yet: exp(-inf - -inf) would be NaN
+        base = tl.where(new == float("-inf"), 0.0, new)
+    keep = tl.exp2(top - base)
+    weights = tl.exp2(scores - base[:, None])
+    mass = mass * keep + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * keep[:, None], input_precision="ieee")
+    return acc, new, mass
+
+
+@triton.jit
+def _absorb_masked(
+    block, q, acc, top, mass, scale, keys_ptr, table, own, near, masks, live, context, window,
+    SIZE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    TREE: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """A block that some queries of the tile see in part; what none of them sees is not read."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    seen = _seen(index[None, :], own, near, masks, context, window, TREE, WINDOWED) & live[:, None]
+    used = tl.max(seen.to(tl.int32), 0) > 0
+    slots = tl.load(table + index // PAGE, mask=used, other=0) * PAGE + index % PAGE
+    column = tl.arange(0, DIM_PAD)[None, :]
+    at = keys_ptr + slots[:, None] * (2 * SIZE) + column
+    inside = used[:, None] & (column < DIM)
+    keys = tl.load(at, mask=inside, other=0.0)
+    values = tl.load(at + SIZE, mask=inside, other=0.0)
+    return _absorb(q, keys, values, seen, acc, top, mass, scale, True)
+
+
+@triton.jit(do_not_specialize=["offset", "window", "bound", "queries", *STRIDES])
+def split_kernel(
+    q_ptr,  # [R, T, heads * dim], any strides in R and T
+    store_ptr,  # [slots, 2, kv_heads * dim]
+    tiles,  # descriptor of the same in blocks [BLOCK, dim], where TMA
+    pages_ptr,  # [R, columns] int64
+    context_ptr,  # [R] int64
+    counts_ptr,  # [R] int64
+    ancestors_ptr,  # [R, T] int64, where TREE
+    positions_ptr,  # [R, T] int64, where TREE and WINDOWED
+    out_ptr,  # [R, T, heads, dim]
+    partial_ptr,  # [R, T, heads, bound, dim] float32
+    lse_ptr,  # [R, T, heads, bound] float32, base 2
+    scale,
+    offset,
+    window,
+    bound,
+    queries,
+    q_row,
+    q_token,
+    page_row,
+    ancestor_row,
+    ancestor_column,
+    position_row,
+    position_column,
+    QUERIES_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    TREE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One split of one request for one tile of one kv head.
+
+    Blocks that every query of the tile sees in full are read through the pipeline; those at the edges are masked.
+    """
+    SIZE: tl.constexpr = KV_HEADS * DIM
+    request, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    split = tl.program_id(2)
+    context, count, first, last, share, splits = _span(
+        request, context_ptr, counts_ptr, positions_ptr, position_row, position_column, offset, window,
+        queries, QUERIES_PAD, BLOCK, SPLITS, SHORTEST, TREE, WINDOWED,
+    )  # fmt: skip
+    if split >= splits:
+        return
+    pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = pair // GROUPS
+    inside = query < queries
+    live = inside & (query < count)
+    own = context + offset + query
+    masks = tl.zeros([BLOCK_M], tl.uint64)
+    if TREE:
+        masks_at = ancestors_ptr + request * ancestor_row + query * ancestor_column
+        masks = tl.load(masks_at, mask=live, other=0).to(tl.uint64)
+    begin = first + split * share
+    end = tl.minimum(begin + share, last)
+    least_query = tl.program_id(0) * BLOCK_M // GROUPS
+    whole = context // BLOCK
+    if not TREE:
+        whole = (context + offset + least_query + 1) // BLOCK
+        end = tl.minimum(end, (tl.max(tl.where(live, own + 1, 0), 0) + BLOCK - 1) // BLOCK)
+    near = tl.zeros([BLOCK_M], tl.int32)
+    head = begin
+    if WINDOWED:
+        near = own + 1 - window
+        if TREE:
+            positions_at = positions_ptr + request * position_row + query * position_column
+            near = tl.load(positions_at, mask=live, other=0).to(tl.int32) + 1 - window
+        lowest = tl.where(live, tl.maximum(near, 0), FAR)
+        if TREE:
+            lowest = tl.minimum(lowest, context)
+        begin = tl.maximum(begin, tl.min(lowest, 0) // BLOCK)
+        head = (tl.max(tl.where(live, tl.maximum(near, 0), 0), 0) + BLOCK - 1) // BLOCK
+        head = tl.minimum(tl.maximum(begin, head), tl.maximum(end, begin))
+    whole = tl.maximum(head, tl.minimum(whole, end))
+    column = tl.arange(0, DIM_PAD)[None, :]
+    row = request.to(tl.int64) * q_row + query.to(tl.int64) * q_token + (kv_head * GROUPS + pair % GROUPS) * DIM
+    q = tl.load(q_ptr + row[:, None] + column, mask=live[:, None] & (column < DIM), other=0.0)
+    table = pages_ptr + request * page_row
+    keys_ptr = store_ptr + kv_head * DIM
+    acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    if WINDOWED:
+        for block in tl.range(begin, head, num_stages=1):
+            acc, top, mass = _absorb_masked(
+                block, q, acc, top, mass, scale, keys_ptr, table, own[:, None], near[:, None], masks[:, None], live,
+                context, window, SIZE, DIM, DIM_PAD, PAGE, BLOCK, TREE, WINDOWED,
+            )  # fmt: skip
+    # the page number of a block is a load of its own, so the compiler gives each of the two half of the stages
+    for block in tl.range(head, whole, num_stages=STAGES):
+        if TMA:
+            slot = (tl.load(table + block * BLOCK // PAGE) * PAGE + block * BLOCK % PAGE).to(tl.int32)
+            keys = tiles.load([slot, kv_head * DIM])
+            values = tiles.load([slot, SIZE + kv_head * DIM])
+        else:
+            index = block * BLOCK + tl.arange(0, BLOCK)
+            slots = tl.load(table + index // PAGE) * PAGE + index % PAGE
+            at = keys_ptr + slots[:, None] * (2 * SIZE) + column
+            keys = tl.load(at, mask=column < DIM, other=0.0)
+            values = tl.load(at + SIZE, mask=column < DIM, other=0.0)
+        acc, top, mass = _absorb(q, keys, values, live, acc, top, mass, scale, False)
+    for block in tl.range(whole, end, num_stages=1):
+        acc, top, mass = _absorb_masked(
+            block, q, acc, top, mass, scale, keys_ptr, table, own[:, None], near[:, None], masks[:, None], live,
+            context, window, SIZE, DIM, DIM_PAD, PAGE, BLOCK, TREE, WINDOWED,
+        )  # fmt: skip
+    live = live & (mass > 0)
+    mass = tl.where(live, mass, 1.0)
+    result = tl.where(live[:, None], acc / mass[:, None], 0.0)
+    number = (request * queries + query).to(tl.int64) * (KV_HEADS * GROUPS) + kv_head * GROUPS + pair % GROUPS
+    stored = inside[:, None] & (column < DIM)
+    if splits == 1:
+        tl.store(out_ptr + number[:, None] * DIM + column, result.to(out_ptr.dtype.element_ty), mask=stored)
+    else:
+        number = number * bound + split
+        tl.store(partial_ptr + number[:, None] * DIM + column, result, mask=stored)
+        tl.store(lse_ptr + number, tl.where(live, top + tl.log2(mass), float("-inf")), mask=inside)
+
+
+@triton.jit(do_not_specialize=["offset", "window", "bound", "queries", *STRIDES[-2:]])
+def combine_kernel(
+    partial_ptr,  # [R, T, heads, bound, dim] float32
+    lse_ptr,  # [R, T, heads, bound] float32, base 2
+    context_ptr,  # [R] int64
+    counts_ptr,  # [R] int64
+    positions_ptr,  # [R, T] int64, where TREE and WINDOWED
+    out_ptr,  # [R, T, heads, dim]
+    offset,
+    window,
+    bound,
+    queries,
+    position_row,
+    position_column,
+    QUERIES_PAD: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    TREE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """Join the splits of one (query, head) pair; one that was not split is complete."""
+    number = tl.program_id(0)
+    request = number // (queries * HEADS)
+    _, _, _, _, _, splits = _span(
+        request, context_ptr, counts_ptr, positions_ptr, position_row, position_column, offset, window,
+        queries, QUERIES_PAD, BLOCK, SPLITS, SHORTEST, TREE, WINDOWED,
+    )  # fmt: skip
+    if splits == 1:
+        return
+    # as many places as there may ever be: fewer for a smaller bound would add in another order
+    place = tl.arange(0, SPLITS)
+    column = tl.arange(0, DIM_PAD)
+    at = number.to(tl.int64) * bound + place
+    lse = tl.load(lse_ptr + at, mask=place < tl.minimum(splits, bound), other=float("-inf"))
+    found = lse > float("-inf")
+    top = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    mass = tl.sum(weights, 0)
+    values = tl.load(
+        partial_ptr + at[:, None] * DIM + column[None, :], mask=found[:, None] & (column < DIM)[None, :], other=0.0
+    )
+    result = tl.sum(values * weights[:, None], 0) / tl.where(mass > 0, mass, 1.0)
+    tl.store(out_ptr + number.to(tl.int64) * DIM + column, result.to(out_ptr.dtype.element_ty), mask=column < DIM)
+
+
+class Config(NamedTuple):
+    """How a pass is cut up and compiled; `bench gqa --tune` prints the best for a shape."""
+
+    rows: int  # (query, head) pairs of a tile: 16, 32, 64 or 128
+    block: int  # tokens
+    warps: int
+    stages: int  # blocks on their way while one is worked on
+    splits: int  # of a request at most, a power of two
+    shortest: int = 2  # blocks of a split at least
+    tma: bool = True  # blocks through the copy engine, where it can read them
+
+
+@lru_cache(maxsize=1024)
+def pick(queries: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The configuration for a shape; it depends neither on the number of rows nor on lengths."""
+    pairs, narrow = queries * heads // kv_heads, dtype.itemsize == 2
+    largest = 16 if not narrow else 64 if dim > 128 else 128
+    rows = min(max(16, triton.next_power_of_2(pairs)), largest)
+    wide = rows == 128 or not narrow or (rows == 64 and dim > 128)
+    splits = 1 if queries > SPLIT_QUERIES else splits_of(kv_heads * triton.cdiv(pairs, rows))
+    fixed = Config(rows, 64 if narrow else 32, 8 if wide else 4, 3, splits)
+    return fixed._replace(stages=_stages(fixed, dim, dtype, device))
+
+
+def splits_of(programs: int) -> int:
+    """Splits that give a lone request about 128 programs, one for each multiprocessor of a large device."""
+    wanted = max(128 // programs, 1)
+    return min(max(1 << (wanted.bit_length() - 1), 4), 64)
+
+
+def _stages(config: Config, dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """As many of the wanted stages as shared memory holds beside the queries."""
+    if device.type != "cuda":
+        return config.stages
+    token = 2 * _pad(dim) * dtype.itemsize
+    room = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    room -= config.rows * token + (config.block * token if config.rows >= 64 else 0) + (8 << 10)
+    return int(max(1, min(config.stages, room // (config.block * token))))
+
+
+def launch_store(batch: Batch, k: Tensor, v: Tensor, store: Tensor, page_size: int) -> None:
+    """Put k and v [R, T, kv_heads, dim] into a layer's storage [slots, 2, kv_heads, dim]."""
+    k, v = packed(k), packed(v)
+    rows, queries, kv_heads, dim = k.shape
+    size = kv_heads * dim
+    store_kernel[(rows, queries)](
+        k, v, store, batch.pages, batch.context, batch.counts, batch.offset, batch.pages.stride(0),
+        *k.stride()[:2], *v.stride()[:2], SIZE=size, WIDTH=triton.next_power_of_2(size), PAGE=page_size,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def launch_attend(batch: Batch, q: Tensor, store: Tensor, page_size: int, window: int | None, config: Config) -> Tensor:
+    """q [R, T, heads, dim] over a layer's storage [slots, 2, kv_heads, dim] -> [R, T, heads, dim], of q's type."""
+    q = packed(q)
+    rows, queries, heads, dim = q.shape
+    kv_heads = store.shape[2]
+    bound = max(1, min(config.splits, triton.cdiv(triton.cdiv(batch.longest, config.block), config.shortest)))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    partial = lse = out
+    if bound > 1:
+        partial = torch.empty(rows, queries, heads, bound, dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(rows, queries, heads, bound, dtype=torch.float32, device=q.device)
+    tree, windowed = batch.ancestors is not None, window is not None
+    ancestors = batch.positions if batch.ancestors is None else batch.ancestors
+    blocks = _descriptor(store, page_size, config)
+    constants = dict(
+        QUERIES_PAD=triton.next_power_of_2(queries) if tree and windowed else 1, DIM=dim, DIM_PAD=_pad(dim),
+        BLOCK=config.block, SPLITS=config.splits, SHORTEST=config.shortest, TREE=tree, WINDOWED=windowed,
+    )  # fmt: skip
+    # the tiles of a request lie side by side: they read the same blocks, which are then in the L2 cache
+    grid = (triton.cdiv(queries * (heads // kv_heads), config.rows), rows * kv_heads, bound)
+    split_kernel[grid](
+        q, store, store if blocks is None else blocks, batch.pages, batch.context, batch.counts, ancestors,
+        batch.positions, out, partial, lse, dim**-0.5 * LOG2E, batch.offset, window or 0, bound, queries,
+        *q.stride()[:2], batch.pages.stride(0), *ancestors.stride(), *batch.positions.stride(), KV_HEADS=kv_heads,
+        GROUPS=heads // kv_heads, PAGE=page_size, BLOCK_M=config.rows, TMA=blocks is not None,
+        STAGES=2 * config.stages + 1, num_warps=config.warps, **constants,
+    )  # fmt: skip
+    if bound > 1:
+        combine_kernel[(rows * queries * heads,)](
+            partial, lse, batch.context, batch.counts, batch.positions, out, batch.offset, window or 0, bound, queries,
+            *batch.positions.stride(), HEADS=heads, num_warps=4, **constants,
+        )  # fmt: skip
+    return out
+
+
+def packed(x: Tensor) -> Tensor:
+    """x [R, T, H, D] with the heads of a token side by side; a slice of a wider product is taken as it is."""
+    return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
+
+
+def _descriptor(store: Tensor, page_size: int, config: Config) -> TensorDescriptor | None:
+    """Blocks of one head for the tensor memory accelerator, where the device has one and the sizes suit it."""
+    dim = store.shape[3]
+    fits = config.tma and page_size % config.block == 0 and _pad(dim) == dim and store.element_size() == 2
+    if not fits or not _has_tma(store.device):
+        return None
+    return TensorDescriptor.from_tensor(store.flatten(1), [config.block, dim])
+
+
+@lru_cache(maxsize=16)
+def _has_tma(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _pad(size: int) -> int:
+    return max(16, int(triton.next_power_of_2(size)))
