@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -20,7 +19,6 @@ from graphs.errors import CaptureError, CaptureMemoryError
 from graphs.owners import Owners
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 class Recording(Protocol):
@@ -221,14 +219,11 @@ class CudaRecorder:
     def _mend(self) -> None:
         """CUDA broke a capture off, and torch does not know: its allocator and its random generator still wait for it.
 
-        The allocator is told; the generator gets its state of before in a new object; later recordings take a new pool
-        and a new stream. Earlier recordings keep theirs.
+        The allocator is told (the graph itself gives the pool back when it is reset); the generator gets its state of
+        before in a new object; later recordings take a new pool and a new stream. Earlier recordings keep theirs.
         """
-        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            try:
-                end(self._index, self._pool)
-            except RuntimeError as error:
-                log.debug("after a broken capture: %s", error)
+        with contextlib.suppress(RuntimeError):  # where torch did notice
+            torch._C._cuda_endAllocateToPool(self._index, self._pool)
         fresh = torch.Generator(self.device)
         fresh.set_state(self._random)
         self._generator.graphsafe_set_state(fresh.graphsafe_get_state())

@@ -196,7 +196,7 @@ class RecordedPasses:
         graph = self.verifying.pick(rows, queries, CHAIN if batch.ancestors is None else TREE)
         if graph is None:
             return self.eager.verify(batch)
-        graph.state.refresh(_values(batch))
+        graph.state.refresh(self._values(batch))
         hidden: Hidden = graph.replay()
         final = hidden.final[:rows, :queries]
         taps = tuple(tap[:rows, :queries] for tap in hidden.taps)
@@ -233,7 +233,7 @@ class RecordedPasses:
         graph = self.catching_up.pick(rows, queries, CHAIN)
         if graph is None:
             return self.eager.catch_up(batch, features, following)
-        graph.state.refresh(_values(batch))
+        graph.state.refresh(self._values(batch))
         graph.load({"features": features, "following": following, "positions": batch.positions})
         outputs: Tensor = graph.replay()
         return outputs[:rows]
@@ -295,7 +295,7 @@ class RecordedPasses:
         graph = self.drafting.bundle(depth).pick(rows, (*_kind(shape), _mode(start)))
         if graph is None:
             return self.eager.draft(start, shape)
-        graph.state.refresh({"context": start.context, "pages": start.pages})
+        graph.state.refresh({"context": start.context, "pages": self._fitting(start.pages)})
         sampling = start.sampling._asdict()
         graph.load({"output": start.output, **{name: sampling[name] for name in SAMPLING}})
         drafted: Drafted = graph.replay()[-1]
@@ -315,6 +315,15 @@ class RecordedPasses:
 
     def _state(self, attention: Any, shape: GraphShape) -> AttentionState:
         return AttentionState(shape, self._zeros(shape), partial(self._plan, attention), shared=(attention,))
+
+    def _values(self, batch: Batch) -> dict[str, Tensor]:
+        names: Sequence[str] = ("tokens", "positions", "context", "counts")
+        values = {name: getattr(batch, name) for name in names} | {"pages": self._fitting(batch.pages)}
+        return values if batch.ancestors is None else {**values, "ancestors": batch.ancestors}
+
+    def _fitting(self, pages: Tensor) -> Tensor:
+        """The part of page tables [R, P] that a session of the longest context can reach."""
+        return pages[:, : self.sizes.pages]
 
     def _zeros(self, shape: GraphShape) -> dict[str, Tensor]:
         """A batch of padding: it stores nothing outside the null page."""
@@ -379,12 +388,6 @@ def _cut(drafted: Drafted, rows: int, shape: DraftShape) -> Drafted:
     tokens, parents, logprobs = (t[:rows, :nodes].clone() for t in drafted[:3])
     q = None if drafted.q is None else drafted.q[:rows, :nodes].clone()
     return Drafted(tokens, parents, logprobs, q)
-
-
-def _values(batch: Batch) -> dict[str, Tensor]:
-    names: Sequence[str] = ("tokens", "positions", "context", "counts", "pages")
-    values = {name: getattr(batch, name) for name in names}
-    return values if batch.ancestors is None else {**values, "ancestors": batch.ancestors}
 
 
 def _unflat(flat: Tensor, batch: Batch) -> Tensor:

@@ -198,7 +198,7 @@ def _call_flash3(f: Field, attention: FlashAttention3, plan: Flash3Plan, turn: i
     torch.ops._vllm_fa3_C.fwd(
         f.q, keys, values, None, None, None, out, None, None, None, plan.counts, plan.stored, f.q.shape[1],
         f.batch.longest, plan.table, None, None, None, None, None, None, None, None, f.q.shape[3] ** -0.5, True,
-        -1, -1, 0.0, True, plan.metadata.values, attention.splits, None, 0, None, 1, 0, None,
+        -1, -1, 0.0, True, plan.metadata.plan, attention.splits, None, 0, None, 1, 0, None,
     )  # fmt: skip
     return out
 

@@ -218,13 +218,14 @@ def _wave(engine: Engine, draw: random.Random, count: int, wave: int) -> Outcome
     """Sessions that start together and end one after the other."""
     shape, info = engine.info.default_shape, engine.info
     each = (info.total_pages - 1) // count
+    width = -(-(400 + info.scratch_tokens) // info.page_size)  # a prompt of 100, 120 rounds at most
     lines: list[dict[str, Any]] = []
     for row in range(count):
         prompt = [draw.randrange(info.vocab_size) for _ in range(draw.randint(2, 100))]
         temperature, depth = draw.choice((0.0, 0.0, 0.8)), draw.choice((shape.depth, shape.depth, 2, 0))
         engine.open(row, SamplingParams(temperature=temperature, seed=wave * 100 + row), True)
         chain = shape if depth == shape.depth else DraftShape(depth, 0, 1) if shape.is_chain else shape
-        pages = list(range(1 + row * each, 1 + (row + 1) * each))[:64]
+        pages = list(range(1 + row * each, 1 + (row + 1) * each))[:width]
         lines.append(dict(row=row, tokens=prompt, pages=pages, shape=chain, goal=draw.randint(30, 120), accepted=[]))
     _rounds(engine, lines)
     return [(line["tokens"], line["accepted"]) for line in lines]

@@ -153,7 +153,16 @@ class SchedulerMetadata:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.values = torch.zeros(capacity, dtype=torch.int32, device=device)
-        self.filled = False
+        self.count = 0
+
+    @property
+    def filled(self) -> bool:
+        return self.count > 0
+
+    @property
+    def plan(self) -> Tensor:
+        """As many numbers as the last plan had, always from the first one on."""
+        return self.values[: self.count]
 
     def refresh(self, values: Tensor) -> None:
         """Copy a plan in; what is left of an older, longer one is cleared. Raises PlanError when it does not fit."""
@@ -162,7 +171,7 @@ class SchedulerMetadata:
             raise PlanError(f"a plan of {count} numbers does not fit the {self.values.numel()} of its storage")
         self.values[:count].copy_(values)
         self.values[count:].zero_()
-        self.filled = True
+        self.count = count
 
 
 @dataclass
@@ -234,7 +243,7 @@ class FlashAttention3:
         torch.ops._vllm_fa3_C.fwd(
             q.contiguous(), keys, values, None, None, None, out, None, None, None, plan.counts, plan.stored,
             q.shape[1], plan.batch.longest, plan.table, None, None, None, None, None, None, None, None,
-            q.shape[3] ** -0.5, True, *_window(window), 0.0, True, plan.metadata.values, self.splits, None, 0,
+            q.shape[3] ** -0.5, True, *_window(window), 0.0, True, plan.metadata.plan, self.splits, None, 0,
             None, 1, 0, None,
         )  # fmt: skip
         return out

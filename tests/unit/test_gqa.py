@@ -237,6 +237,18 @@ def test_a_row_has_the_same_bits_whoever_else_is_there(tree: bool, window: int |
 
 
 @on_the_interpreter
+@pytest.mark.parametrize("window", [1, 2, 3, 80])
+def test_a_path_that_goes_on_above_all_bits(window: int) -> None:
+    """The nodes that a mask can still name lie further below than the query's position tells."""
+    s = scene([0, 40], [1, 1], offset=70, tree=True)
+    s.cache.layers[1].nan_to_num_(0.5)
+    all_bits = torch.full_like(s.batch.tokens, -1)
+    s = s._replace(batch=s.batch._replace(ancestors=all_bits, positions=s.batch.context[:, None] + 70))
+    expected = oracle(s, window)
+    close(run(s, window), expected)
+
+
+@on_the_interpreter
 def test_what_lies_below_every_window_is_not_read() -> None:
     s = scene([300, 170], [3, 2])
     expected = run(s, 20)

@@ -25,10 +25,10 @@ PARAMS = [
 ]
 
 
-def record(engine: Engine, shape: DraftShape, rows: int = 4, prompt_tokens: int = 64) -> RecordedPasses:
+def record(engine: Engine, shape: DraftShape, rows: int = 4, prompt_tokens: int = 64, pages: int = 0) -> RecordedPasses:
     """Put recorded passes, captured on a tape that spoils everything between replays, in place of the eager ones."""
     info = engine.info
-    pages = -(-(info.max_context + info.scratch_tokens) // info.page_size)
+    pages = pages or -(-(info.max_context + info.scratch_tokens) // info.page_size)
     assert isinstance(engine.passes, EagerPasses)
     sizes = Sizes(rows, pages, info.page_size, shape, prompt_tokens)
     cuda = engine.device.type == "cuda"
@@ -124,6 +124,15 @@ def test_what_was_not_recorded_runs_eager_and_is_counted() -> None:
     reasons = " ".join(passes.counts["draft decode"].eager)
     assert "no shape is chain/greedy/6" in reasons and "tree/9/3/" in reasons and "given tree" in reasons
     assert "no shape holds 3 rows of 7" in passes.counts["target verify"].eager
+
+
+def test_page_tables_may_be_wider_than_a_session_can_grow() -> None:
+    target = tiny_target()
+    head = tiny_head(target, "eagle3")
+    engine = tiny_engine(target, head)
+    passes = record(engine, CHAIN, rows=3, pages=40)  # the driver hands out more
+    assert run(engine, CHAIN) == run(tiny_engine(target, head), CHAIN)
+    assert replayed_share(passes) == 1.0
 
 
 def test_prompts_above_the_largest_bucket_run_eager() -> None:
