@@ -59,6 +59,8 @@ def build_engine(config: Config, device: torch.device, build: Build, progress: P
     config = with_page_size(config, device)
     before = cuda_meter(device)() if device.type == "cuda" else None
     target, head = build()
+    if target.config.delta is not None:
+        raise ConfigError("targets with recurrent layers (Qwen3-Next, Qwen3.5) load, but cannot be served yet")
     mode, sizes = graph_mode(config, device), graph_sizes(config, target)
     sized = measure(target, head, _load(config, sizes, mode), before) if before else None
     info = engine_info(config, target, head, sized.plan.pages if sized else _cpu_pages(config, target, head))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from target.config_hybrid import WRAPPERS, DeltaNetConfig, parse_delta, parse_hybrid_moe, text_config
 from target.config_mla import MlaConfig, parse_mla
 from target.config_moe import MoeConfig, parse_deepseek_moe, parse_qwen3_moe
 from target.errors import CheckpointError
@@ -61,6 +62,7 @@ class ModelConfig:
     partial_rotary: float = 1.0  # share of a head's dimensions that are rotated
     mla: MlaConfig | None = None
     moe: MoeConfig | None = None
+    delta: DeltaNetConfig | None = None  # a hybrid: its attention is gated and its norms are zero-centred
     fp8_block: tuple[int, int] = (128, 128)  # rows and columns that share a scale, where weights are stored in fp8
 
     @property
@@ -70,6 +72,10 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer; layers of MTP modules, numbered from `num_layers` on, have none."""
         return self.windows[layer] if layer < self.num_layers else None
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer keeps a state in place of keys and values."""
+        return self.delta is not None and layer in self.delta.layers
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer is a mixture of experts."""
@@ -89,10 +95,12 @@ class Family:
     partial_rotary: float | None = None  # default where a part of the head can be rotated
     windows: Literal["none", "all", "all where used", "some where used"] = "none"
     mla: bool = False
-    moe: Literal["", "qwen3", "softmax", "sigmoid"] = ""
+    hybrid: Literal["", "grouped", "flat"] = ""  # how the projections of gated DeltaNet are stored
+    moe: Literal["", "qwen3", "qwen3_5", "softmax", "sigmoid"] = ""
     mtp: str = ""  # prefix of the MTP modules in the target's folder, before their number
 
 
+_HYBRID: dict[str, Any] = dict(attention_bias="qkvo", qk_norm=True, head_dim=256, partial_rotary=0.25, mtp="mtp.")
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", "qkvo", mlp_bias=True),
     "MistralForCausalLM": Family("mistral", windows="all"),
@@ -106,6 +114,9 @@ FAMILIES = {
         "glm4_moe", "qkv", qk_norm="use_qk_norm", partial_rotary=0.5, moe="sigmoid", mtp="model.layers."
     ),
     "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", mla=True, moe="sigmoid", mtp="model.layers."),
+    "Qwen3NextForCausalLM": Family("qwen3_next", **_HYBRID, hybrid="grouped", moe="qwen3"),
+    "Qwen3_5ForCausalLM": Family("qwen3_5_text", **_HYBRID, hybrid="flat"),
+    "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", **_HYBRID, hybrid="flat", moe="qwen3_5"),
 }
 
 
@@ -134,7 +145,11 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def parse_config(raw: Raw, where: str = "config.json") -> ModelConfig:
-    """Turn published keys into a ModelConfig; CheckpointError names the key that is missing or unusable."""
+    """Turn published keys into a ModelConfig; CheckpointError names the key that is missing or unusable.
+
+    Of a multimodal config the text model is read.
+    """
+    raw = text_config(raw, where)
     architecture = _architecture(raw, where)
     family = FAMILIES[architecture]
     require(raw, "hidden_act", where, "silu")
@@ -147,7 +162,7 @@ def parse_config(raw: Raw, where: str = "config.json") -> ModelConfig:
         architecture=architecture,
         vocab_size=read_int(raw, "vocab_size", where),
         hidden_size=read_int(raw, "hidden_size", where),
-        intermediate_size=read_int(raw, "intermediate_size", where),
+        intermediate_size=_intermediate_size(raw, family, where),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=heads if mla else _kv_heads(raw, heads, where),
@@ -167,6 +182,7 @@ def parse_config(raw: Raw, where: str = "config.json") -> ModelConfig:
         partial_rotary=_partial_rotary(raw, family, head_dim, where),
         mla=mla,
         moe=_moe(raw, family, layers, where),
+        delta=parse_delta(raw, layers, family.hybrid == "grouped", where) if family.hybrid else None,
         fp8_block=_fp8_block(raw, where),
     )
 
@@ -176,15 +192,25 @@ def _architecture(raw: Raw, where: str) -> str:
     for name in names if isinstance(names, list) else ():
         if name in FAMILIES:
             return str(name)
-    raise CheckpointError(f"{where}: architectures {names} is not supported; supported are {', '.join(FAMILIES)}")
+    raise CheckpointError(
+        f"{where}: architectures {names} is not supported; supported are {', '.join((*FAMILIES, *WRAPPERS))}"
+    )
 
 
 def _moe(raw: Raw, family: Family, layers: int, where: str) -> MoeConfig | None:
     if family.moe == "":
         return None
+    if family.moe == "qwen3_5" or family.hybrid:
+        return parse_hybrid_moe(raw, layers, family.moe == "qwen3_5", where)
     if family.moe == "qwen3":
         return parse_qwen3_moe(raw, layers, where)
     return parse_deepseek_moe(raw, family.moe, layers, where)
+
+
+def _intermediate_size(raw: Raw, family: Family, where: str) -> int:
+    """Of dense layers; a family that has none of them names only the size of its experts."""
+    key = "moe_intermediate_size" if family.moe == "qwen3_5" else "intermediate_size"
+    return read_int(raw, key, where)
 
 
 def _mlp_bias(raw: Raw, family: Family, where: str) -> bool:

@@ -14,27 +14,32 @@ from torch import Tensor, nn
 from target.cache import LayerShape
 from target.config import ModelConfig
 from target.deepseek import LatentAttention
-from target.layers import GatedMLP, RMSNorm, SelfAttention
+from target.deltanet import GatedDeltaNet
+from target.gated import GatedAttention, GatedSharedMoE
+from target.layers import GatedMLP, RMSNorm, SelfAttention, ZeroCentredNorm
 from target.model import Hidden
 from target.moe import MoE
 from target.rope import Rope
+from target.states import StateShape
+
+Mixer = SelfAttention | LatentAttention | GatedAttention | GatedDeltaNet
 
 
 class DecoderLayer(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x)).
 
     `layer` is the number the config knows it by (num_layers and on in MTP modules), `cache_layer` its place in the
-    cache, by default the same.
+    cache, or among the states where it is recurrent; by default its place in a decoder.
     """
 
-    attention: SelfAttention | LatentAttention
+    attention: Mixer
     mlp: GatedMLP | MoE
 
     def __init__(self, config: ModelConfig, layer: int, cache_layer: int | None = None) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = _attention(config, layer, layer if cache_layer is None else cache_layer)
-        self.post_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_norm = decoder_norm(config)
+        self.attention = _attention(config, layer, _place(config, layer) if cache_layer is None else cache_layer)
+        self.post_norm = decoder_norm(config)
         self.mlp = _mlp(config, layer)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
@@ -42,8 +47,25 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_norm(x))  # type: ignore[no-any-return]
 
 
-def _attention(config: ModelConfig, layer: int, cache_layer: int) -> SelfAttention | LatentAttention:
+def decoder_norm(config: ModelConfig) -> RMSNorm:
+    """A norm over the hidden size, of the kind that a config's decoder layers have."""
+    kind = RMSNorm if config.delta is None else ZeroCentredNorm
+    return kind(config.hidden_size, config.norm_eps)
+
+
+def _place(config: ModelConfig, layer: int) -> int:
+    """A layer's number among those of its kind."""
+    kind = config.is_recurrent(layer)
+    return sum(config.is_recurrent(i) == kind for i in range(layer))
+
+
+def _attention(config: ModelConfig, layer: int, cache_layer: int) -> Mixer:
     c = config
+    if c.delta is not None:
+        if c.is_recurrent(layer):
+            return GatedDeltaNet(cache_layer, c.hidden_size, c.delta, c.norm_eps)
+        sizes = (c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim)
+        return GatedAttention(cache_layer, *sizes, c.norm_eps, bias=c.qkv_bias)
     if c.mla is not None:
         return LatentAttention(cache_layer, c.hidden_size, c.num_heads, c.mla, c.rope)
     return SelfAttention(
@@ -62,7 +84,7 @@ def _attention(config: ModelConfig, layer: int, cache_layer: int) -> SelfAttenti
 
 def _mlp(config: ModelConfig, layer: int) -> GatedMLP | MoE:
     if config.moe is not None and config.is_sparse(layer):
-        return MoE(config.hidden_size, config.moe)
+        return (MoE if config.delta is None else GatedSharedMoE)(config.hidden_size, config.moe)
     return GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
 
@@ -87,7 +109,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rope = decoder_rope(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = decoder_norm(config)
         self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
@@ -97,12 +119,22 @@ class Decoder(nn.Module):
 
     @property
     def cache_layers(self) -> list[LayerShape]:
-        return [cache_layer_shape(self.config)] * self.config.num_layers
+        """Of the layers with attention, in order."""
+        attending = [i for i in range(self.config.num_layers) if not self.config.is_recurrent(i)]
+        return [cache_layer_shape(self.config)] * len(attending)
+
+    @property
+    def state_layers(self) -> list[StateShape]:
+        """What each recurrent layer keeps per sequence, in order; none unless the target is a hybrid."""
+        d = self.config.delta
+        if d is None:
+            return []
+        return [StateShape(d.kernel, d.channels, d.value_heads, d.key_dim, d.value_dim)] * len(d.layers)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Any, taps: tuple[int, ...] = ()) -> Hidden:
         """tokens, positions [R, T] int64 -> Hidden; `taps` are boundaries k of B(k), 0 (embedding) .. num_layers.
 
-        `attend` is an Attend, or an AttendLatent where the config has MLA.
+        `attend` is an Attend, an AttendLatent where the config has MLA, a HybridAttend where layers are recurrent.
         """
         x = self.embed(tokens)
         cos, sin = self.rope(positions, x.dtype)

@@ -24,14 +24,28 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and x.dtype == torch.float32:
-            return self._float32_cpu(x)
+            return self._float32_cpu(x, self.weight)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-    def _float32_cpu(self, x: Tensor) -> Tensor:
+    def _float32_cpu(self, x: Tensor, weight: Tensor) -> Tensor:
         # torch composes rms_norm of eight small kernels there; these five take half the time
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self._floor, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return x * scale * self.weight
+        return x * scale * weight
+
+
+class ZeroCentredNorm(RMSNorm):
+    """x / rms(x) * (1 + weight), in float32 up to the result."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float() + 1
+        if x.is_cpu and x.dtype == torch.float32:
+            return self._float32_cpu(x, weight)
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class SelfAttention(nn.Module):

@@ -13,7 +13,7 @@ from target.config import load_config
 from target.decoder import Decoder
 from target.errors import CheckpointError
 from target.layers import lay_out_for_cpu
-from target.names import decoder_slots, mtp_names
+from target.names import TEXT_PREFIX, decoder_slots, mtp_names, vision_names
 from target.weights import Progress, WeightFiles, check_names, fill
 
 
@@ -22,13 +22,14 @@ def load_target(
 ) -> Decoder:
     """Load a target; CheckpointError names every missing, unknown or misshapen tensor.
 
-    The tensors of MTP modules in the folder are left to the head that reads them.
+    The tensors of MTP modules in the folder are left to the head that reads them; those of a vision model to nobody.
     """
     config = load_config(folder)
     files = WeightFiles(folder, config.fp8_block)
     found = files.names()
     slots = decoder_slots(config, found)
-    found -= mtp_names(config, found) | {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    found -= mtp_names(config, found) | vision_names(config, found)
+    found -= {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if config.tied and "lm_head.weight" in found:
         _check_tied(files, folder)
         found.discard("lm_head.weight")
@@ -42,5 +43,7 @@ def load_target(
 
 
 def _check_tied(files: WeightFiles, folder: Path) -> None:
-    if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+    text = f"{TEXT_PREFIX}embed_tokens.weight"
+    embedding = text if text in files.names() else "model.embed_tokens.weight"
+    if not torch.equal(files.read("lm_head.weight"), files.read(embedding)):
         raise CheckpointError(f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding")

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from target.config import FAMILIES, ModelConfig, parse_config
+from target.config_hybrid import hybrid_keys
 from target.config_mla import MlaConfig
 from target.config_moe import MoeConfig
 from target.decoder import Decoder
@@ -24,7 +25,7 @@ from target.weights import export_tensors
 
 
 def save_target(model: Decoder, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write config.json and model.safetensors; experts are stored one by one, as published.
+    """Write config.json and model.safetensors; experts are stored one by one, or fused, as the family publishes them.
 
     CheckpointError when the family's published keys cannot say what the model's config says.
     """
@@ -91,8 +92,10 @@ def _family_keys(c: ModelConfig) -> dict[str, Any]:
         keys[family.qk_norm] = c.qk_norm
     if family.windows != "none":
         keys |= _window_keys(c)
+    if c.delta is not None:
+        keys |= hybrid_keys(c.delta, c.num_layers)
     if c.moe is not None:
-        keys |= _qwen3_keys(c.moe) if family.moe == "qwen3" else _deepseek_keys(c, c.moe)
+        keys |= _qwen3_keys(c.moe) if family.moe in ("qwen3", "qwen3_5") else _deepseek_keys(c, c.moe)
     return keys
 
 
@@ -118,7 +121,8 @@ def _mla_keys(mla: MlaConfig) -> dict[str, Any]:
 
 
 def _qwen3_keys(moe: MoeConfig) -> dict[str, Any]:
-    return {
+    shared = {"shared_expert_intermediate_size": moe.shared_size} if moe.shared_size else {}
+    return shared | {
         "num_experts": moe.experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.inner_size,

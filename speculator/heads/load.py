@@ -63,7 +63,7 @@ def load_head(
 def build_head(record: HeadRecord, target: Decoder, target_ids: Tensor | None = None) -> DraftHead:
     """A head with fresh weights that borrows the target's embedding and lm_head; `target_ids` [Vd] iff record.d2t."""
     shared = TargetWeights(target.embed.weight, target.head_weight, target.config)
-    head = HEADS[record.kind](record, shared, target.config.num_layers)
+    head = HEADS[record.kind](record, shared, len(target.cache_layers))
     if target_ids is not None:
         head.target_ids = target_ids
     return head

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from target.config import ModelConfig
+from target.deltanet_chunks import whole_sequences
 
 
 def attend_causal(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -40,4 +41,6 @@ class LatentCausal:
 
 def dense_attend(config: ModelConfig) -> Any:
     """The `attend` that a model of this config takes for whole sequences."""
+    if config.delta is not None:
+        return whole_sequences(attend_causal)
     return attend_causal if config.mla is None else LatentCausal(config.mla.rank)

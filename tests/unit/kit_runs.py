@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,10 @@ import pytest
 from tests.unit.ranks import PRELOADED
 
 THIRD_PARTY = Path(__file__).resolve().parents[1] / "thirdparty"
-OPTIONS = ("-p", "graphs.conformance.entry", *"-p no:cacheprovider -p no:asyncio -p no:hypothesispytest -rsf".split())
+INSTALLED = any(point.value == "graphs.conformance.entry" for point in entry_points(group="pytest11"))
+# where the project is used without being installed, pytest does not find the kit by itself
+ENTRY = () if INSTALLED else ("-p", "graphs.conformance.entry")
+OPTIONS = (*ENTRY, *"-p no:cacheprovider -p no:asyncio -p no:hypothesispytest -rsf".split())
 
 
 class KitRun(NamedTuple):
