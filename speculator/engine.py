@@ -15,8 +15,8 @@ from torch import Tensor
 from speculator import drafting
 from speculator.errors import EngineFailedError, SpeculatorError
 from speculator.heads.base import DraftHead
-from speculator.lookback import Lookback, TrueRows
-from speculator.passes import Passes, eager_passes, gather_rows, rows_of, shifted
+from speculator.lookback import Lookback, TrueRows, gather_rows
+from speculator.passes import Passes, eager_passes, rows_of, shifted
 from speculator.results import Committed, collect
 from speculator.rows import Rows
 from speculator.sampling import RowSampling, coupled_sample, scores, upload

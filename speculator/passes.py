@@ -106,11 +106,6 @@ def eager_passes(model: Target, head: DraftHead | None, cache: PagedCache) -> Ea
     return EagerPasses(model, head, attention, attention if alike else grouped_attention(cache))
 
 
-def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [R, T, W] at index [R, D] -> [R, D, W]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def rows_of(batch: Batch, index: Tensor) -> Batch:
     """The rows `index` [N] of a batch."""
     ancestors = None if batch.ancestors is None else batch.ancestors[index]

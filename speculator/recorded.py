@@ -26,7 +26,8 @@ from graphs.target_verify import TargetVerifyGraphManager
 from speculator import drafting
 from speculator.drafting import Drafted, Growing, Start
 from speculator.heads.base import DraftHead
-from speculator.passes import EagerPasses, Fed, Verified, gather_rows
+from speculator.lookback import gather_rows
+from speculator.passes import EagerPasses, Fed, Verified
 from speculator.sampling import RowSampling
 from speculator.types import DraftShape
 from target.attention.base import bind

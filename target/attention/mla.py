@@ -134,12 +134,15 @@ class MlaAttention:
 
 
 def _contiguous(batch: Batch) -> Batch:
-    """Kernels walk lengths, page tables and masks row by row; what lies so already is taken as it is."""
-    if batch.ancestors is not None:
-        batch = batch._replace(ancestors=batch.ancestors.contiguous())
-    return batch._replace(
-        context=batch.context.contiguous(), counts=batch.counts.contiguous(), pages=batch.pages.contiguous()
-    )
+    """Kernels walk lengths, page tables and masks row by row; what lies so already is taken as it is.
+
+    Raises PlanError for a static batch that does not: a copy would be stale after its next refill.
+    """
+    walked = ("context", "counts", "pages") + (() if batch.ancestors is None else ("ancestors",))
+    given = {name: getattr(batch, name) for name in walked}
+    if batch.static and not all(tensor.is_contiguous() for tensor in given.values()):
+        raise PlanError("the lengths, page tables and masks of a static batch must be contiguous")
+    return batch._replace(**{name: tensor.contiguous() for name, tensor in given.items()})
 
 
 def _backend(name: str, cache: PagedCache, rank: int, processors: int | None) -> MlaBackend:

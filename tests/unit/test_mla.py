@@ -357,3 +357,15 @@ def test_the_planning_kernel_computes_the_same_integers(
     launch_plan(plan, batch, grain)
     expected = planned([n and n + offset for n in stored], pieces, grain)
     assert torch.equal(plan.plan, expected.plan) and torch.equal(plan.splits, expected.splits)
+
+
+def test_masks_that_do_not_lie_row_by_row() -> None:
+    """They are copied; in a static batch, where a copy would go stale, they are refused."""
+    s = scene([9, 5], [3, 3], tree=True)
+    assert s.batch.ancestors is not None
+    crooked = s._replace(batch=s.batch._replace(ancestors=s.batch.ancestors.t().contiguous().t()))
+    attention = MlaAttention(s.cache, RANK, "torch")
+    torch.testing.assert_close(run(crooked, attention), run(s, attention))
+    assert attention.plan(crooked.batch).batch.ancestors.is_contiguous()  # type: ignore[union-attr]
+    with pytest.raises(PlanError, match="must be contiguous"):
+        attention.plan(crooked.batch._replace(static=True))
