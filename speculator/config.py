@@ -141,11 +141,14 @@ class ServerConfig:
     drain_grace_s: float = 10.0
     reflection: Switch = "auto"  # auto: on for loopback only
     uvloop: Switch = "auto"  # auto: when it is installed
+    acceptance_baseline: str = ""  # report whose acceptance is expected; "" learns it from the first rounds
+    acceptance_alarm_rounds: float = 1e9  # rounds between false alarms of drift, at least; 0 is off
 
     def __post_init__(self) -> None:
         _within(self, "server", port=(0, 65535), metrics_port=(0, 65535), max_message_bytes=(1024, 2**31 - 1))
         _within(self, "server", max_queued_steps=(1, UNBOUNDED), max_streams=(1, 2**31 - 1))
         _within(self, "server", session_idle_timeout_s=(0, 10**9), drain_grace_s=(0, 86400))
+        _within(self, "server", acceptance_alarm_rounds=(0, UNBOUNDED))
         _require(self.host != "", 'server.host must not be empty; "127.0.0.1" is the default.')
         self._check_security()
 
@@ -224,7 +227,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_files(server: ServerConfig) -> None:
-    for key in ("tls_cert", "tls_key", "tls_client_ca", "token_file"):
+    for key in ("tls_cert", "tls_key", "tls_client_ca", "token_file", "acceptance_baseline"):
         path = getattr(server, key)
         _require(not path or Path(path).is_file(), f"server.{key} names {path}, which is not a file.")
 

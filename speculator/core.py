@@ -49,6 +49,7 @@ from speculator.scheduler import WINDOW
 from speculator.session import Job, Kind, SessionSpec
 from speculator.totals import Totals
 from speculator.types import Draft, EngineInfo, FinishReason
+from speculator.watch import AcceptanceWatch
 from speculator.worker import Delivery, EngineLike, Worker
 
 log = logging.getLogger(__name__)
@@ -65,9 +66,17 @@ class DrafterCore:
     only. Every method raises SpeculatorError.
     """
 
-    def __init__(self, engine: EngineLike, *, max_queued: int = 1024, idle_timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        engine: EngineLike,
+        *,
+        max_queued: int = 1024,
+        idle_timeout: float = 600.0,
+        watch: AcceptanceWatch | None = None,
+    ) -> None:
         self.info: EngineInfo = engine.info
         self.totals = Totals()
+        self.watch = watch
         self.draining = False
         self.on_dead: Callable[[], None] = _nothing
         self._answers: Inbox[list[Delivery]] = Inbox(watched=True)
@@ -273,6 +282,8 @@ class DrafterCore:
         assert self._loop is not None
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
         self._worker.post(self._worker.scheduler.sweep)
+        if self.watch is not None:
+            self.watch.observe(self.totals.acceptance.copy())
 
     def _stop_sweeping(self) -> None:
         if self._sweeper is not None:

@@ -17,23 +17,32 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from speculator.core import DrafterCore
-from speculator.totals import Histogram
+from speculator.totals import BINS, Histogram
+from speculator.watch import AcceptanceWatch
 
 CALL_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 
 
 class ServiceMetrics(Collector):
-    """Reads a core's totals when scraped."""
+    """Reads a core's totals, and what its drift alarm found, when scraped.
 
-    def __init__(self, core: DrafterCore, build: dict[str, str]) -> None:
+    `build` becomes the labels of `speculator_build_info`, with the head beside them: figures by head are figures by
+    position joined with it, as one process serves one head.
+    """
+
+    def __init__(self, core: DrafterCore, build: dict[str, str], watch: AcceptanceWatch | None = None) -> None:
         self._core = core
-        self._build = build
+        self._build = {**build, "head": core.info.draft_model}
+        self._watch = watch
 
     def collect(self) -> Iterable[Metric]:
         yield from self._acceptance()
+        yield from self._confidence()
         yield from self._histograms()
         yield from self._held()
         yield from self._passes()
+        if self._watch is not None:
+            yield from _drift(self._watch)
 
     def _acceptance(self) -> Iterator[Metric]:
         counts = self._core.totals.acceptance.copy()
@@ -43,6 +52,18 @@ class ServiceMetrics(Collector):
         yield _counter("speculator_output_tokens", "Tokens committed after the prompt.", counts.output_tokens)
         yield _by_position("speculator_accepted_tokens_at_position", "Rounds that accepted it.", counts.accepted_at)
         yield _by_position("speculator_drafted_tokens_at_position", "Rounds that judged it.", counts.drafted_at)
+
+    def _confidence(self) -> Iterator[Metric]:
+        counts = self._core.totals.confidence
+        for name, column in (("judged", counts.judged), ("accepted", counts.accepted)):
+            family = CounterMetricFamily(
+                f"speculator_confidence_{name}_tokens",
+                f"Drafted tokens of chains {name}, by the head's confidence from `bin` to `bin` + {1 / BINS}.",
+                labels=["bin"],
+            )
+            for place, count in enumerate(list(column)):
+                family.add_metric([f"{place / BINS:.1f}"], count)
+            yield family
 
     def _histograms(self) -> Iterator[Metric]:
         totals = self._core.totals
@@ -78,6 +99,23 @@ class ServiceMetrics(Collector):
             for how, count in zip(("replayed", "eager"), counts, strict=True):
                 passes.add_metric([name, how], count)
         yield passes
+
+
+def _drift(watch: AcceptanceWatch) -> Iterator[Metric]:
+    where = ["position"]
+    side = GaugeMetricFamily(
+        "speculator_acceptance_drift", "-1 below its band, 1 above it, 0 inside or still learning.", labels=where
+    )
+    recent = GaugeMetricFamily("speculator_acceptance_recent", "Share accepted of the latest rounds.", labels=where)
+    band = GaugeMetricFamily("speculator_acceptance_band", "Where acceptance belongs.", labels=[*where, "bound"])
+    for state in watch.states():
+        position = str(state.position)
+        side.add_metric([position], state.side)
+        recent.add_metric([position], state.recent)
+        if state.band is not None:
+            band.add_metric([position, "low"], state.band.low)
+            band.add_metric([position, "high"], state.band.high)
+    yield from (side, recent, band)
 
 
 def _counter(name: str, words: str, value: float) -> Metric:

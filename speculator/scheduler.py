@@ -229,8 +229,10 @@ class Scheduler:
         """Counts what `complete` did since the last time; apart from it, so that answers need not wait for it."""
         for batch, times in self._times:
             self.totals.step(batch, times)
-        for done in self._rounds:
-            self.totals.acceptance.record(*count_round(*done))
+        for session, draft, accepted, most in self._rounds:
+            nodes, judged, _ = count_round(session, draft, accepted, most)
+            self.totals.acceptance.record(nodes, judged, accepted)
+            self.totals.confidence.record(draft, judged, accepted)
         for timing, tokens in self._items:
             self.totals.item(timing, tokens)
         self._times.clear()

@@ -380,7 +380,7 @@ class Server:
             return
         about, info = self._about, self._core.info
         build = {"version": about.version, "target": info.target_model, "draft_method": info.draft_method}
-        self._registry.register(ServiceMetrics(self._core, build))
+        self._registry.register(ServiceMetrics(self._core, build, self._core.watch))
         try:
             self._metrics = MetricsServer(self._registry, self._config.host, self._config.metrics_port)
         except OSError as error:

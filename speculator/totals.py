@@ -6,14 +6,16 @@ Must never import torch, grpc, protobuf or prometheus_client, nor name a session
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
 from speculator.answers import Acceptance, Timing
-from speculator.types import StepTimes
+from speculator.types import Draft, StepTimes
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 ACCEPTED = 17  # buckets at least, so that a scrape has the same ones from the start
+BINS = 10
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 
@@ -39,11 +41,28 @@ class Histogram:
         return rows
 
 
+class Confidence:
+    """Drafted tokens of chains by the head's confidence exp(log q), a tenth a bin: judged ones, accepted ones."""
+
+    def __init__(self) -> None:
+        self.judged, self.accepted = [0] * BINS, [0] * BINS
+
+    def record(self, draft: Draft, judged: int, accepted: int) -> None:
+        """One round. Trees, whose siblings share one chance, are left out, and drafts without log q."""
+        if not draft.logprobs or not draft.is_chain:
+            return
+        for depth in range(min(judged, accepted + 1)):
+            place = min(BINS - 1, int(BINS * math.exp(draft.logprobs[depth])))
+            self.judged[place] += 1
+            self.accepted[place] += depth < accepted
+
+
 class Totals:
     """Everything the worker counts. Rejections are counted by the event loop, all else by the worker's thread."""
 
     def __init__(self) -> None:
         self.acceptance = Acceptance()
+        self.confidence = Confidence()
         self.queue_seconds = Histogram(SECONDS)
         self.draft_seconds = Histogram(SECONDS)
         self.verify_seconds = Histogram(SECONDS)

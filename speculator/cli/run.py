@@ -43,16 +43,19 @@ def run_server(flags: Flags) -> None:
     """Load, listen, and drain when told to go."""
     from speculator.core import DrafterCore
     from speculator.server import new_loop, serve
+    from speculator.watch import watch_of
 
     config = configure(flags)
+    limits = config.server
+    watch = watch_of(limits.acceptance_baseline, limits.acceptance_alarm_rounds)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     tokenizer = load_tokenizer(config)
     engine = load_engine(config)
     about = _about(config, engine, tokenizer)
 
     async def run() -> None:
-        limits = config.server
-        core = DrafterCore(engine, max_queued=limits.max_queued_steps, idle_timeout=limits.session_idle_timeout_s)
+        idle = limits.session_idle_timeout_s
+        core = DrafterCore(engine, max_queued=limits.max_queued_steps, idle_timeout=idle, watch=watch)
         await serve(
             core, config, about=about, tokenizer=tokenizer, ready=lambda server: _announce(server, config, engine)
         )

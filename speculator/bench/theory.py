@@ -1,0 +1,148 @@
+"""Theoretical acceptance 1 - TV(p, q): what the rejection rule accepts on average, from the distributions themselves.
+
+Owns: comparing p and q of every judged position while the engine runs; only sums are kept. Must never change a result
+of the engine it listens to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from speculator.bench.records import Theory
+from speculator.drafting import Drafted, Start
+from speculator.engine import Engine
+from speculator.local import LocalSequence
+from speculator.passes import Fed, Passes, Verified
+from speculator.sampling import probabilities, scores
+from speculator.types import DraftShape, Rule, SamplingParams
+from target.batch import Batch
+
+
+class Listener:
+    """Passes that remember the newest logits of a verification."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.inner = passes
+        self.logits: Tensor | None = None  # [R, T, V]
+
+    def feed(self, batch: Batch) -> Fed:
+        return self.inner.feed(batch)
+
+    def feed_head(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        return self.inner.feed_head(batch, features, following)
+
+    def verify(self, batch: Batch) -> Verified:
+        found = self.inner.verify(batch)
+        self.logits = found.logits
+        return found
+
+    def catch_up(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        return self.inner.catch_up(batch, features, following)
+
+    def draft(self, start: Start, shape: DraftShape) -> Drafted:
+        return self.inner.draft(start, shape)
+
+    def tally(self) -> dict[str, tuple[int, int]]:
+        return self.inner.tally()
+
+
+@contextmanager
+def listening(engine: Engine) -> Iterator[Listener]:
+    """Hear the target's verdicts until the block ends."""
+    before, listener = engine.passes, Listener(engine.passes)
+    engine.passes = listener
+    try:
+        yield listener
+    finally:
+        engine.passes = before
+
+
+def theoretical(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    depth: int,
+    tokens: int,
+    rows: int,
+    ends: frozenset[int] = frozenset(),
+) -> Theory:
+    """Mean 1 - TV(p, q) per position of chains of `depth` over rounds of up to `tokens` tokens after each prompt.
+
+    `sampling` must have a temperature; its rule is replaced by rejection, under which a position's acceptance is
+    1 - TV(p, q) by construction. Two measurements of one thing, then: `acceptance` and `measured` must agree.
+    """
+    sums = torch.zeros(3, depth, dtype=torch.float64)  # acceptance in theory, accepted, judged
+    rounds = 0
+    with listening(engine) as listener:
+        for start in range(0, len(prompts), rows):
+            chosen = enumerate(prompts[start : start + rows])
+            drawn = replace(sampling, rule=Rule.REJECTION)
+            group = [
+                _sequence(engine, row, prompt, replace(drawn, seed=sampling.seed + start + row), depth)
+                for row, prompt in chosen
+            ]
+            rounds += _run(engine, listener, group, sums, tokens, ends)
+    theory, accepted, judged = sums.tolist()
+    return Theory(
+        rule=Rule.REJECTION.value,
+        rounds=rounds,
+        acceptance=_means(theory, judged),
+        measured=_means(accepted, judged),
+        count=tuple(int(n) for n in judged),
+    )
+
+
+def _sequence(engine: Engine, row: int, prompt: Sequence[int], sampling: SamplingParams, depth: int) -> LocalSequence:
+    sequence = LocalSequence(engine, row, sampling, DraftShape(depth))
+    sequence.tokens = list(prompt)
+    while sequence.cached < len(prompt):
+        step = sequence.feed()
+        sequence.take(step, engine.step([step])[0])
+    return sequence
+
+
+def _run(
+    engine: Engine,
+    listener: Listener,
+    group: Sequence[LocalSequence],
+    sums: Tensor,
+    tokens: int,
+    ends: frozenset[int],
+) -> int:
+    """Rounds of a group until all are over; adds to `sums` [3, depth]."""
+    rounds, limit = 0, {s.row: len(s.tokens) + tokens for s in group}
+    live = [s for s in group if s.tokens[-1] not in ends]
+    while live:
+        steps = [s.round() for s in live]
+        held = [engine.rows.q(s.row, s.draft.draft_id) if s.draft else None for s in live]
+        sampling = engine.rows.sampling([s.row for s in live])
+        results = engine.step(steps)
+        assert listener.logits is not None
+        p = probabilities(scores(listener.logits, sampling, None), sampling)
+        for i, result in enumerate(results):
+            _add(sums, p[i], held[i], len(result.accepted))
+        rounds += len(live)
+        news = [s.take(step, result) for s, step, result in zip(live, steps, results, strict=True)]
+        live = [s for s, new in zip(live, news, strict=True) if not ends & {*new} and len(s.tokens) < limit[s.row]]
+    for sequence in group:
+        engine.close(sequence.row)
+    return rounds
+
+
+def _add(sums: Tensor, p: Tensor, q: Tensor | None, accepted: int) -> None:
+    """One round: p [T, V] after each node (the root first), q [depth, V]."""
+    if q is None:
+        return
+    reached = min(accepted + 1, len(q))
+    sums[0, :reached] += torch.minimum(p[:reached], q[:reached].to(p.dtype)).sum(-1).cpu()
+    sums[1, :accepted] += 1
+    sums[2, :reached] += 1
+
+
+def _means(over: Sequence[float], under: Sequence[float]) -> tuple[float | None, ...]:
+    return tuple(round(a / b, 6) if b else None for a, b in zip(over, under, strict=True))
