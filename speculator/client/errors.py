@@ -65,7 +65,7 @@ BY_STATUS: dict[str, type[SpeculatorError]] = {
     "INVALID_ARGUMENT": errors.InvalidArgumentError,
     "UNAVAILABLE": ConnectionLostError,
     "DEADLINE_EXCEEDED": errors.DeadlineExceededError,
-    "CANCELLED": errors.StepCancelledError,
+    "CANCELLED": ConnectionLostError,  # nobody here asked for it: a server or a proxy on its way out
     "UNAUTHENTICATED": errors.UnauthenticatedError,
 }
 NAMES = {code.value[0]: code.name for code in grpc.StatusCode}

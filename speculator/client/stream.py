@@ -19,11 +19,12 @@ import grpc
 
 from speculator.client import wire as wire
 from speculator.client.errors import ConnectionLostError, from_call, from_status
-from speculator.errors import DeadlineExceededError, SpeculatorError
+from speculator.errors import DeadlineExceededError, SpeculatorError, StepCancelledError
 from speculator.v1 import drafter_pb2
 
 SLACK = 1.0  # seconds that an answer may be late after its deadline on the server
 ENDED = "the stream ended before the answer came"
+CLOSED = "the stream was closed while the answer was awaited"
 
 OpenSync = Callable[[Iterator[drafter_pb2.DraftRequest]], Any]
 OpenAsync = Callable[[AsyncIterator[drafter_pb2.DraftRequest]], Any]
@@ -102,6 +103,7 @@ class StreamLeg:
 
     def __init__(self, open_stream: OpenSync) -> None:
         self.pending = Pending()
+        self._closed = False
         self._outbox: SimpleQueue[drafter_pb2.DraftRequest | None] = SimpleQueue()
         self._lock = threading.Lock()  # an item is either added before the end, or refused
         self._call = open_stream(iter(self._outbox.get, None))
@@ -121,7 +123,8 @@ class StreamLeg:
             raise DeadlineExceededError(f"no answer within {timeout} s") from None
 
     def close(self) -> None:
-        """Ends the stream; items that still wait fail with ConnectionLostError."""
+        """Ends the stream; items that still wait fail with StepCancelledError."""
+        self._closed = True
         self._outbox.put(None)
         self._call.cancel()
         self._reader.join()
@@ -135,7 +138,7 @@ class StreamLeg:
             error = from_call(problem)
         finally:
             with self._lock:
-                self.pending.fail(error)
+                self.pending.fail(StepCancelledError(CLOSED) if self._closed else error)
             self._outbox.put(None)
 
     def _take(self, response: drafter_pb2.DraftResponse) -> None:
@@ -150,6 +153,7 @@ class AsyncStreamLeg:
 
     def __init__(self, open_stream: OpenAsync) -> None:
         self.pending = Pending()
+        self._closed = False
         self._outbox: asyncio.Queue[drafter_pb2.DraftRequest | None] = asyncio.Queue()
         self._call = open_stream(self._requests())
         self._reader = asyncio.create_task(self._read())
@@ -168,7 +172,8 @@ class AsyncStreamLeg:
             self.pending.forget(request.correlation_id)
 
     async def close(self) -> None:
-        """Ends the stream; items that still wait fail with ConnectionLostError."""
+        """Ends the stream; items that still wait fail with StepCancelledError."""
+        self._closed = True
         self._outbox.put_nowait(None)
         self._call.cancel()
         await self._reader
@@ -189,5 +194,5 @@ class AsyncStreamLeg:
         except asyncio.CancelledError:
             pass  # close() cancelled the call, or the loop is shutting down
         finally:
-            self.pending.fail(error)
+            self.pending.fail(StepCancelledError(CLOSED) if self._closed else error)
             self._outbox.put_nowait(None)

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
+from google.rpc import status_pb2
 
 from speculator import errors
 from speculator.client import (
@@ -24,7 +26,9 @@ from speculator.client import (
     Shape,
     Stopping,
 )
+from speculator.client.errors import from_status
 from speculator.config import ServerConfig
+from speculator.status import status_of
 from speculator.types import SamplingParams
 from tests.fakes import next_token, plain
 from tests.rpc.client_hosts import Host, Proxy, Victim, proxied
@@ -317,3 +321,11 @@ async def test_kill_the_server_under_async_sessions(victim: Victim) -> None:
 def test_the_expected_text_depends_on_the_seed() -> None:
     assert EXPECTED != plain(PROMPT, 40)
     assert next_token(PROMPT, SamplingParams(temperature=0.9, seed=5)) == EXPECTED[0]
+
+
+def test_a_cancellation_that_nobody_asked_for_is_a_lost_connection() -> None:
+    """As gRPC answers calls that reach a server on its way out; one with a reason of the service stays what it is."""
+    bare = status_pb2.Status(code=grpc.StatusCode.CANCELLED.value[0], message="CANCELLED")
+    assert type(from_status(bare)) is ConnectionLostError
+    ours = status_of(errors.StepCancelledError("the caller left"))
+    assert type(from_status(ours)) is errors.StepCancelledError
