@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from graphs.errors import GraphError
-from graphs.memory import NO_GRAPHS, GraphEstimate, compare, cuda_meter, difference
+from graphs.memory import NO_GRAPHS, CacheSizeError, GraphEstimate, Reading, compare, cuda_meter, difference
 from graphs.recorder import CudaRecorder, Recorder
 from graphs.tape import TapeRecorder
 from speculator.config import Config
@@ -24,11 +24,12 @@ from speculator.heads.base import DraftHead
 from speculator.heads.load import load_head
 from speculator.passes import EagerPasses
 from speculator.recorded import RecordedPasses, Sizes
-from speculator.sizing import Load, cache_groups, measure
+from speculator.sizing import Load, Sized, cache_groups, measure
 from speculator.types import EngineInfo
 from target.cache import PagedCache, bytes_per_token
 from target.decoder import Decoder
 from target.errors import CheckpointError as TargetCheckpointError
+from target.errors import PlanError
 from target.load import load_target as read_target
 
 log = logging.getLogger(__name__)
@@ -62,15 +63,29 @@ def build_engine(config: Config, device: torch.device, build: Build, progress: P
     if target.config.delta is not None:
         raise ConfigError("targets with recurrent layers (Qwen3-Next, Qwen3.5) load, but cannot be served yet")
     mode, sizes = graph_mode(config, device), graph_sizes(config, target)
-    sized = measure(target, head, _load(config, sizes, mode), before) if before else None
+    sized = _measured(target, head, _load(config, sizes, mode), before) if before else None
     info = engine_info(config, target, head, sized.plan.pages if sized else _cpu_pages(config, target, head))
     dtype = next(target.parameters()).dtype
     cache = PagedCache(cache_groups(target, head), info.total_pages, info.page_size, dtype, device)
     log.info("KV cache: %d pages of %d tokens, %.1f MiB", cache.pages, cache.page_size, cache.bytes / 2**20)
-    engine = Engine(info, target, head, cache)
+    engine = _engine(info, target, head, cache)
     if mode != "off":
         record_passes(engine, sizes, sized.graphs if sized else NO_GRAPHS, progress)
     return engine
+
+
+def _measured(target: Decoder, head: DraftHead | None, load: Load, before: Reading) -> Sized:
+    try:
+        return measure(target, head, load, before)
+    except (CacheSizeError, PlanError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def _engine(info: EngineInfo, target: Decoder, head: DraftHead | None, cache: PagedCache) -> Engine:
+    try:
+        return Engine(info, target, head, cache)
+    except PlanError as error:  # an attention backend that cannot run here
+        raise ConfigError(str(error)) from None
 
 
 def with_page_size(config: Config, device: torch.device) -> Config:

@@ -126,8 +126,8 @@ class RecordedPasses:
 
     # prompts: cut at attention
 
-    def _prompts(self, name: str, forward: Any, inputs: Any, attention: Any) -> PiecewiseManager:
-        most = self.sizes.prompt_tokens
+    def _prompts(self, name: str, most: int, forward: Any, inputs: Any, attention: Any) -> PiecewiseManager:
+        """Buckets of up to `most` tokens, none for 0."""
         ladder = Ladder.grid((1,), self._rung_of(token_ladder(most)) if most else ())
 
         def attend(shape: GraphShape) -> Any:
@@ -136,7 +136,9 @@ class RecordedPasses:
         return PiecewiseManager(name, self.recorder if most else None, ladder, forward, inputs, attend)
 
     def _feed_manager(self) -> PiecewiseManager:
-        return self._prompts("prompt", self._feed_body, self._token_inputs, self.eager.attention)
+        return self._prompts(
+            "prompt", self.sizes.prompt_tokens, self._feed_body, self._token_inputs, self.eager.attention
+        )
 
     def _token_inputs(self, shape: GraphShape) -> Buffers:
         zeros = self._zeros(shape)
@@ -154,7 +156,9 @@ class RecordedPasses:
         return Fed(*(_unflat(t, batch) for t in fed))
 
     def _feed_head_manager(self, head: DraftHead) -> PiecewiseManager:
-        return self._prompts("prompt, head", self._feed_head_body, self._true_rows, self.eager.head_attention)
+        """Modules of a chain read each other's rows, so their prompts are not cut into segments."""
+        most = 0 if head.lookback else self.sizes.prompt_tokens
+        return self._prompts("prompt, head", most, self._feed_head_body, self._true_rows, self.eager.head_attention)
 
     def _feed_head_body(self, inputs: Buffers, attend: Any) -> Tensor:
         head = self.eager.head
@@ -162,9 +166,7 @@ class RecordedPasses:
         return head(head.fuse(inputs["features"]), inputs["following"], inputs["positions"], attend)  # type: ignore[no-any-return]
 
     def feed_head(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
-        assert self.eager.head is not None
-        several = self.eager.head.lookback > 0  # modules read each other's rows: these are not cut
-        graph = None if several else self.feeding_head.pick(batch.tokens.numel())
+        graph = self.feeding_head.pick(batch.tokens.numel())
         if graph is None:
             return self.eager.feed_head(batch, features, following)
         flat = {"features": features.flatten(0, 1)[None], "following": following.reshape(1, -1)}

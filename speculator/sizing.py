@@ -7,11 +7,13 @@ start-up.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from graphs.errors import GraphError
 from graphs.memory import (
     NO_GRAPHS,
     CachePlan,
@@ -97,7 +99,10 @@ def _estimate(eager: EagerPasses, load: Load, device: torch.device) -> GraphEsti
         made.clear()
         recorder.close()
 
-    return estimate_graphs(range(load.sizes.rungs), capture, release, cuda_meter(device))
+    try:
+        return estimate_graphs(range(load.sizes.rungs), capture, release, cuda_meter(device))
+    except GraphError as error:  # the capture proper will say the same and leave the passes eager
+        return replace(NO_GRAPHS, doubt=f"graphs could not be captured on trial: {error}")
 
 
 def _largest_passes(eager: EagerPasses, load: Load, device: torch.device) -> None:

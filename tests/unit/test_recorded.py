@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from graphs.errors import CaptureError
 from graphs.recorder import CudaRecorder, Recorder
 from graphs.tape import TapeRecorder
+from speculator import load
 from speculator.engine import Engine
+from speculator.errors import ConfigError
 from speculator.heads.base import DraftHead
 from speculator.passes import EagerPasses
 from speculator.recorded import RecordedPasses, Sizes
-from speculator.types import Draft, DraftShape, Rule, SamplingParams
+from speculator.types import Draft, DraftShape, EngineInfo, Rule, SamplingParams
+from target.cache import PagedCache
 from target.decoder import Decoder
 from tests.unit.engines import Driver, tiny_engine, tiny_head, tiny_target
 from tests.unit.mla_engines import latent_pair
@@ -181,3 +185,22 @@ def test_client_drafts_of_any_tree_are_verified_by_replay() -> None:
         if passes:
             assert not passes.counts["target verify"].eager
     assert outcomes[0] == outcomes[1]
+
+
+def test_no_room_for_a_cache_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphs.memory import CacheSizeError
+
+    def full(*_: object) -> None:
+        raise CacheSizeError("no room for a KV cache: use a smaller model")
+
+    monkeypatch.setattr(load, "measure", full)
+    with pytest.raises(ConfigError, match="no room for a KV cache"):
+        load._measured(None, None, None, None)  # type: ignore[arg-type]
+
+
+def test_an_unknown_attention_backend_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECULATOR_ATTENTION", "fast")
+    target = tiny_target()
+    cache = PagedCache([target.cache_layers], 4, 4, torch.float32)
+    with pytest.raises(ConfigError, match="unknown attention backend 'fast': auto, torch or triton"):
+        load._engine(EngineInfo("t", "", "none", 61, (), 8, 1, 4, 4, 0, 8), target, None, cache)
