@@ -1,12 +1,14 @@
 """Less repetition, more endings: the target learns from what it wrote itself.
 
-Clean answers are imitated; in greedy answers the tokens that complete a repeated 4-gram are made unlikely
-(sequence-level unlikelihood, Welleck et al. 2019, arXiv 1908.04319). Must never know heads.
+Clean answers are imitated; in greedy answers the tokens that complete a repeated 4-gram, or a phrase said to everybody
+whatever was asked, are made unlikely (sequence-level unlikelihood, Welleck et al. 2019, arXiv 1908.04319). Must never
+know heads.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +24,7 @@ from speculator.train.optim import Budget, Optimizers
 from speculator.train.pretrain import Loss, loss_weights
 from speculator.train.prompts import chat_prompts, snippet_prompts
 from speculator.train.recipe import Refine
-from speculator.train.repetition import repeated, repeated_share, stuttered
+from speculator.train.repetition import common, repeated, repeated_share, shared_share, stuttered
 from speculator.train.report import Log
 from speculator.train.tokenizer import END, ChatTokenizer
 from target.decoder import Decoder
@@ -85,6 +87,7 @@ def _summary(written: Sequence[Written], heats: Sequence[float]) -> dict[str, fl
     return {
         "greedy_repeated": repeated_share(greedy),
         "ended": float(np.mean([w.answer[-1] == END for w in written])),
+        "shared": shared_share(greedy[:320]),
         "answer_tokens": float(np.mean([len(w.answer) for w in written])),
     }
 
@@ -98,10 +101,14 @@ def _followed(written: Sequence[Written], recipe: Refine) -> list[Document]:
 def _documents(
     written: Sequence[Written], heats: Sequence[float], recipe: Refine, words: frozenset[int] = frozenset()
 ) -> list[Document]:
-    """Clean answers to imitate, and greedy ones whose repetitions are marked; `words` may not follow themselves."""
+    """Clean answers to imitate, and greedy ones whose repetitions and stock phrases are marked.
+
+    `words` may not follow themselves.
+    """
     documents = []
-    for one, heat in zip(written, heats, strict=True):
-        again = [a or b for a, b in zip(repeated(one.answer), stuttered(one.answer, words), strict=True)]
+    stock = common([w.answer for w in written], math.ceil(recipe.common_share * len(written)) + 1)
+    for one, heat, phrases in zip(written, heats, stock, strict=True):
+        again = [any(m) for m in zip(repeated(one.answer), stuttered(one.answer, words), phrases, strict=True)]
         clean = one.answer[-1] == END and sum(again) <= recipe.clean_share * len(again)
         if clean and (heat > 0 or recipe.imitate_greedy):
             marks = [ANSWER] * len(again)

@@ -9,7 +9,7 @@ import torch
 
 from speculator.train.optim import Budget, Muon, curve, orthogonalise
 from speculator.train.recipe import Learning, RecipeError, bundled_recipe, load_recipe, recipe_names, scale_time
-from speculator.train.repetition import repeated, repeated_share
+from speculator.train.repetition import common, repeated, repeated_share
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -123,3 +123,15 @@ def test_repetition() -> None:
     assert repeated_share([[7] * 10]) == pytest.approx(6 / 7)
     assert repeated_share([list(range(20)), list(range(20))]) == 0.0  # texts are compared with themselves only
     assert repeated_share([[1, 2]]) == 0.0
+
+
+def test_a_phrase_counts_as_common_when_enough_texts_have_it() -> None:
+    texts = [[1, 2, 3], [1, 2, 3, 1, 2, 3], [2, 3], [4]]
+    assert common(texts, 2, n=3) == [
+        [False, False, True],
+        [False, False, True, False, False, True],
+        [False] * 2,
+        [False],
+    ]
+    assert not any(any(marks) for marks in common(texts, 3, n=3)), "one text counts once, however often it says it"
+    assert common([[], [7]], 1, n=2) == [[], [False]], "an n-gram never spans two texts"
