@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from speculator.train.recipe import RecipeError, bundled_recipe, load_recipe, recipe_names, scale_time
+from speculator.train.report import DivergedError
 from speculator.train.stages import STAGES, Run, run_stages
 
 
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with a sentence when the recipe or a path is wrong."""
+    """Exit code 0, or 2 with a sentence when the recipe or a path is wrong or training diverges."""
     args = parser().parse_args(argv)
     names = list(STAGES) if args.stage == ["all"] else args.stage
     try:
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             start=args.start,
         )
         run_stages(run, names)
-    except RecipeError as error:
+    except (RecipeError, DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from target.attention.base import Attend
+from target.config import ModelConfig
 from target.config_mla import MlaConfig
 from target.deepseek import AttendLatent
+from target.deltanet_chunks import packed_sequences
 
 HIDDEN = -1e30  # a score that softmax turns into 0; with -inf, torch 2.11 compiles a backward pass that gives NaN
 
@@ -41,6 +43,12 @@ def _latent(run: Run, rank: int) -> AttendLatent:
         return run(layer, q, shared, shared, scale)[..., :rank]
 
     return attend
+
+
+def packed_attend(documents: Tensor, config: ModelConfig) -> Any:
+    """What the layers of a target call over whole rows of documents [R, T] that do not see each other."""
+    attend = attend_with(packed(documents), config.mla)
+    return attend if config.delta is None else packed_sequences(attend, documents)
 
 
 def hidden_rows(documents: Tensor) -> Tensor:

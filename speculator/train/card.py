@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speculator.train.recipe import Recipe
+from speculator.train.recipe import DeltaRecipe, Recipe, TargetRecipe
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -62,6 +62,8 @@ Weights are bfloat16. The chat format is `<|user|>question<|end|><|assistant|>an
 
 def _target_shape(recipe: Recipe) -> str:
     t, rest = recipe.target, f"vocabulary {recipe.tokenizer.vocab_size}, tied embeddings"
+    if t.delta is not None:
+        return f"{_hybrid_shape(t, t.delta)}, {rest}"
     if t.mla is None or t.moe is None:
         heads = f"{t.heads} heads and {t.kv_heads} key-value heads of {t.head_dim}"
         return f"Llama layout, {t.layers} layers of width {t.hidden_size}, {heads}, MLP {t.intermediate_size}, {rest}"
@@ -72,6 +74,13 @@ def _target_shape(recipe: Recipe) -> str:
     return f"DeepSeek-V3 layout, {t.layers} layers of width {t.hidden_size} ({dense}), {latent}, {experts}, {rest}"
 
 
+def _hybrid_shape(t: TargetRecipe, d: DeltaRecipe) -> str:
+    attention = f"{t.heads} heads and {t.kv_heads} key-value heads of {t.head_dim}"
+    states = f"{d.value_heads} states of {d.key_dim} x {d.value_dim}"
+    each = f"each {d.every}th attends ({attention}), the others are gated DeltaNet ({states})"
+    return f"Qwen3.5 layout, {t.layers} layers of width {t.hidden_size}, {each}, MLP {t.intermediate_size}"
+
+
 def _eagle3_shape(recipe: Recipe) -> str:
     lm_head = "own lm_head" if recipe.head.own_lm_head else "the target's lm_head"
     taps = f"taps at boundaries {list(recipe.taps)}"
@@ -79,8 +88,8 @@ def _eagle3_shape(recipe: Recipe) -> str:
 
 
 def _mtp_shape(recipe: Recipe) -> str:
-    number = recipe.target.layers
-    return f"one layer of the target's kind, in the target's folder as `model.layers.{number}.*`; the target's lm_head"
+    where = "mtp" if recipe.target.delta else f"model.layers.{recipe.target.layers}"
+    return f"one attending layer of the target's kind, in the target's folder as `{where}.*`; the target's lm_head"
 
 
 def _figures(results: Results) -> str:

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from speculator.heads.base import DraftHead
 from speculator.train.data import Document, Stream
 from speculator.train.head import HeadData, Rows, head_loss
 from speculator.train.optim import Optimizers
 from speculator.train.recipe import Companion, Head
+from speculator.train.report import DivergedError
 from target.decoder import Decoder
 
 GAIN = 0.02  # an agreement that is 0.1 short doubles the weight in 350 steps
@@ -38,15 +40,13 @@ class CompanionTrainer:
         self._none = torch.zeros((), device=device)
         self.weight = torch.full((), recipe.weight, device=device)
         self.labels = torch.full((), recipe.labels, device=device)
-        self._loss = self._compiled()
+        first = self._data.batch(recipe.rows)
+        self._loss = finite_loss(self._eager, (head, model), first, compiled=self._none.is_cuda)
         self.last = self._none
 
-    def _compiled(self) -> Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]:
-        def loss(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-            total, agreement = head_loss(self.head, self.model, rows, self._shape, self._none, self.labels)
-            return total / self._shape.unroll, agreement
-
-        return torch.compile(loss, dynamic=False) if self._none.is_cuda else loss
+    def _eager(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        total, agreement = head_loss(self.head, self.model, rows, self._shape, self._none, self.labels)
+        return total / self._shape.unroll, agreement
 
     def backward(self) -> None:
         """Accumulate the gradients of one batch."""
@@ -69,6 +69,31 @@ class CompanionTrainer:
 
     def step(self, progress: float) -> None:
         self._optimizers.step(progress)
+
+
+RowsLoss = Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]
+
+
+def finite_loss(eager: RowsLoss, modules: Sequence[nn.Module], rows: Rows, compiled: bool) -> RowsLoss:
+    """`eager`, compiled where that is wanted and its gradients on `rows` are finite; DivergedError if eager's are not.
+
+    torch 2.11 compiles some backward passes of masked attention into NaN: better slow than lost.
+    """
+    tried: list[RowsLoss] = [torch.compile(eager, dynamic=False)] if compiled else []
+    for loss in (*tried, eager):
+        loss(rows)[0].backward()
+        broken = [
+            name
+            for module in modules
+            for name, parameter in module.named_parameters()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+        if not broken:
+            return loss
+        print(f"[companion] not finite: the gradients of {', '.join(broken[:4])} ({len(broken)} in all)", flush=True)
+    raise DivergedError(f"the head's loss has gradients that are not finite, first those of {broken[0]}")
 
 
 def sample_documents(

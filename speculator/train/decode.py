@@ -14,12 +14,17 @@ from torch import Tensor
 from speculator.train.attention import attend_with
 from speculator.train.tokenizer import END, PAD
 from target.decoder import Decoder
+from target.deltanet import DeltaInputs, HybridAttend, delta_rows, delta_rule
+from target.states import StateShape
 
 CHECK_EVERY = 16  # steps between looks at whether all rows have ended
 
 
 class DenseCache:
-    """What each layer stores, [layers, parts, rows, kv_heads, length, dim], of rows that stand at the same position."""
+    """What each layer stores, [layers, parts, rows, kv_heads, length, dim], of rows that stand at the same position.
+
+    Recurrent layers keep windows and matrices in its place, as `target.states` has them, moved on by every pass.
+    """
 
     def __init__(self, model: Decoder, rows: int, length: int) -> None:
         layers, weight = model.cache_layers, model.embed.weight
@@ -28,7 +33,9 @@ class DenseCache:
             len(layers), parts, rows, kv_heads, length, dim, dtype=weight.dtype, device=weight.device
         )
         self.at = 0  # tokens stored before the running pass
-        self.attend = attend_with(self.run, model.config.mla)
+        attend = attend_with(self.run, model.config.mla)
+        self.attend = attend if model.config.delta is None else HybridAttend(attend, self.recur)
+        self._states = [_no_past(shape, rows, weight) for shape in model.state_layers]
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """A first pass of any length, then passes of one token; of latents there is one part, keys and values both."""
@@ -44,6 +51,19 @@ class DenseCache:
             return out.transpose(1, 2)
         grouped = q.view(rows, k.shape[2], heads // k.shape[2], dim)
         return F.scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(rows, 1, heads, dim)
+
+    def recur(self, layer: int, inputs: DeltaInputs) -> Tensor:
+        window, matrices = self._states[layer]
+        q, rows = delta_rows(inputs, window)
+        out, end = delta_rule(matrices, q, rows)
+        self._states[layer] = (rows.window[:, inputs.mixed.shape[1] :], end)
+        return out
+
+
+def _no_past(shape: StateShape, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The window and the matrices of sequences that have not begun."""
+    matrices = like.new_zeros(rows, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
+    return like.new_zeros(rows, shape.kernel - 1, shape.channels), matrices
 
 
 def choose(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> Tensor:

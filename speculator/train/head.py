@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speculator.heads.base import DraftHead
-from speculator.train.attention import Unrolled, attend_with, hidden_rows, packed
+from speculator.train.attention import Unrolled, attend_with, hidden_rows, packed_attend
 from speculator.train.data import ANSWER, Document, pack
 from speculator.train.optim import Budget, Optimizers
 from speculator.train.recipe import Head
@@ -54,7 +54,7 @@ def head_attend(head: DraftHead, hidden: Tensor) -> Any:
 
 def target_pass(model: Decoder, rows: Rows, taps: tuple[int, ...]) -> Hidden:
     """The target over packed documents that do not see each other."""
-    attend = attend_with(packed(rows.documents), model.config.mla)
+    attend = packed_attend(rows.documents, model.config)
     return model(rows.tokens, rows.positions, attend, taps)  # type: ignore[no-any-return]
 
 

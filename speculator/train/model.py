@@ -17,21 +17,26 @@ from speculator.heads.load import build_head
 from speculator.heads.mtp import MtpHead, mtp_record
 from speculator.heads.record import HeadRecord
 from speculator.train.experts import prepare_experts
-from speculator.train.recipe import Head, MlaRecipe, MoeRecipe, TargetRecipe
+from speculator.train.recipe import DeltaRecipe, Head, MlaRecipe, MoeRecipe, TargetRecipe
 from speculator.train.tokenizer import END
 from target.config import ModelConfig, RopeConfig
+from target.config_hybrid import DeltaNetConfig
 from target.config_mla import MlaConfig
 from target.config_moe import MoeConfig
 from target.decoder import Decoder, init_weights
+from target.deltanet import GatedDeltaNet
 from target.load import load_target
+
+PARTIAL_ROTARY = 0.25  # of a head, as hybrids are published
+STEPS = (0.001, 0.1)  # softplus(dt_bias) of the slowest and the quickest head of a layer
 
 
 def target_config(recipe: TargetRecipe, vocab_size: int) -> ModelConfig:
-    """The config of a recipe: of DeepSeek-V3's family where it has latents and experts, else of Llama's."""
-    r = recipe
+    """The config of a recipe: of DeepSeek-V3's family with latents and experts, Qwen3.5's with states, else Llama's."""
+    r, hybrid = recipe, recipe.delta is not None
     mla = _mla_config(r.mla) if r.mla else None
     return ModelConfig(
-        architecture="DeepseekV3ForCausalLM" if mla else "LlamaForCausalLM",
+        architecture="DeepseekV3ForCausalLM" if mla else "Qwen3_5ForCausalLM" if hybrid else "LlamaForCausalLM",
         vocab_size=vocab_size,
         hidden_size=r.hidden_size,
         intermediate_size=r.intermediate_size,
@@ -45,14 +50,28 @@ def target_config(recipe: TargetRecipe, vocab_size: int) -> ModelConfig:
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
-        qk_norm=False,
+        qk_norm=hybrid,
         windows=(None,) * r.layers,
         max_position=r.max_position,
         bos_token_id=None,
         eos_token_ids=(END,),
         dtype="bfloat16",
+        partial_rotary=PARTIAL_ROTARY if hybrid else 1.0,
         mla=mla,
         moe=_moe_config(r.moe) if r.moe else None,
+        delta=_delta_config(r.delta, r.layers) if r.delta else None,
+    )
+
+
+def _delta_config(recipe: DeltaRecipe, layers: int) -> DeltaNetConfig:
+    return DeltaNetConfig(
+        key_heads=recipe.key_heads,
+        value_heads=recipe.value_heads,
+        key_dim=recipe.key_dim,
+        value_dim=recipe.value_dim,
+        kernel=recipe.kernel,
+        layers=frozenset(i for i in range(layers) if (i + 1) % recipe.every),
+        grouped=False,
     )
 
 
@@ -81,8 +100,19 @@ def new_target(config: ModelConfig, seed: int) -> Decoder:
     for name, parameter in model.named_parameters():
         if name.endswith(("attention.o.weight", "mlp.down.weight", "shared.down.weight", "experts.down")):
             parameter.data /= math.sqrt(2 * config.num_layers)
+    _start_states(model)
     prepare_experts(model)
     return model
+
+
+@torch.no_grad()
+def _start_states(model: Decoder) -> None:
+    """Memories of many lengths, as in Mamba (arXiv 2312.00752, section 3.6), and convolutions that let pass."""
+    for layer in (m for m in model.modules() if isinstance(m, GatedDeltaNet)):
+        steps = torch.linspace(math.log(STEPS[0]), math.log(STEPS[1]), layer.sizes.value_heads).exp()
+        layer.dt_bias.copy_(torch.expm1(steps).log())
+        layer.a_log.copy_(torch.linspace(1, 16, layer.sizes.value_heads).log())
+        layer.conv.zero_()[..., -1] = 1.0
 
 
 def trainable_target(folder: Path) -> Decoder:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from speculator.train.experts import Balance
 from speculator.train.recipe import Learning
 
-CLASSES = ("embed.weight", "lm_head.weight", "gate.weight")  # rows are tokens or experts: AdamW fits them better
+# rows are tokens, experts or channels: AdamW fits them better
+CLASSES = ("embed.weight", "lm_head.weight", "gate.weight", "attention.conv")
 
 
 class Muon(torch.optim.Optimizer):

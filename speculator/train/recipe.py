@@ -51,8 +51,23 @@ class MoeRecipe:
 
 
 @dataclass(frozen=True)
+class DeltaRecipe:
+    """Gated DeltaNet (arXiv 2412.06464) in all layers but every `every`-th, which attends."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int = 4
+    every: int = 4
+
+
+@dataclass(frozen=True)
 class TargetRecipe:
-    """Sizes of a target with tied embeddings: in DeepSeek-V3's layout with `mla` and `moe`, else in Llama's."""
+    """Sizes of a target with tied embeddings.
+
+    In DeepSeek-V3's layout with `mla` and `moe`, in Qwen3.5's with `delta`, else in Llama's.
+    """
 
     hidden_size: int
     layers: int
@@ -62,6 +77,7 @@ class TargetRecipe:
     head_dim: int = 0
     mla: MlaRecipe | None = None
     moe: MoeRecipe | None = None
+    delta: DeltaRecipe | None = None
     max_position: int = 2048
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -256,12 +272,24 @@ def _mismatch(target: TargetRecipe, head: Head) -> str:
         return f"target: mla: rope_dim must be even, got {target.mla.rope_dim}"
     if target.moe is not None and not 0 < target.moe.top_k <= target.moe.experts:
         return f"target: moe: top_k {target.moe.top_k} of {target.moe.experts} experts cannot be chosen"
+    if target.delta is not None and (wrong := _delta_mismatch(target, target.delta)):
+        return f"target: {wrong}"
     if head.kind not in ("eagle3", "mtp"):
         return f"head: kind must be eagle3 or mtp, got {head.kind!r}"
-    if head.kind == "mtp" and target.mla is None:
-        return "head: kind mtp needs a target with mla and moe, whose family publishes such modules"
+    if head.kind == "mtp" and target.mla is None and target.delta is None:
+        return "head: kind mtp needs a target with mla and moe, or with delta, whose family publishes such modules"
     if head.kind == "eagle3" and not (head.intermediate_size and head.heads and head.kv_heads):
         return "head: missing keys heads, intermediate_size, kv_heads, the sizes of an eagle3 head"
+    return ""
+
+
+def _delta_mismatch(target: TargetRecipe, delta: DeltaRecipe) -> str:
+    if target.mla is not None:
+        return "delta goes with neither mla nor moe: hybrids of this recipe attend by grouped queries"
+    if delta.value_heads % delta.key_heads:
+        return f"delta: value_heads {delta.value_heads} is no multiple of key_heads {delta.key_heads}"
+    if not 1 < delta.every <= target.layers:
+        return f"delta: every {delta.every} of {target.layers} layers leaves no layers of both kinds"
     return ""
 
 

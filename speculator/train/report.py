@@ -6,14 +6,19 @@ Must never know what is trained.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
+class DivergedError(ArithmeticError):
+    """Training met a value that is not finite; nothing after it would be worth its time."""
+
+
 class Log:
-    """Prints at most every `every` seconds and remembers what it printed."""
+    """Prints at most every `every` seconds and remembers what it printed; DivergedError where a loss is not finite."""
 
     def __init__(self, title: str, every: float = 5.0) -> None:
         self.title, self.every = title, every
@@ -31,6 +36,8 @@ class Log:
         self.rows.append({"step": step, "seconds": round(seconds, 2)} | {k: round(v, 5) for k, v in values.items()})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         print(f"[{self.title}] {seconds:6.1f} s  step {step}  {shown}", flush=True)
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise DivergedError(f"{self.title}: the loss is {values['loss']} at step {step}")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from speculator.train.experts import prepare_experts
 from speculator.train.folders import load_trained_head, save_trained_head, target_folder
 from speculator.train.head import HeadData, train_head
 from speculator.train.model import new_head, new_target, round_weights, target_config, trainable_target
-from speculator.train.pretrain import heldout_losses, make_loss, train_phase
+from speculator.train.pretrain import Loss, heldout_losses, make_loss, train_phase
 from speculator.train.recipe import Recipe, RecipeError
 from speculator.train.refine import refine
 from speculator.train.report import read_results, write_json
@@ -32,6 +32,15 @@ from speculator.train.tokenizer import ChatTokenizer, load_tokenizer, train_bpe
 from target.decoder import Decoder
 from target.load import load_target
 from target.save import save_target
+
+
+@dataclass
+class Trainee:
+    """A target in training with what was compiled for it, which takes a minute on a GPU."""
+
+    model: Decoder
+    loss: Loss
+    companion: CompanionTrainer | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Run:
     workers: int = 1
     force: bool = False
     start: Path | None = None  # a target folder to go on from, instead of random weights
+    trainees: list[Trainee] = field(default_factory=list)  # what `target` hands to `refine` in one process
 
     def result(self, stage: str) -> Path:
         return self.out / "results" / f"{stage}.json"
@@ -85,14 +95,14 @@ def train_target(run: Run) -> dict[str, Any]:
     tokenizer, device = load_tokenizer(run.out / "tokenizer"), run.device
     streams = load_streams(run.cache / "tokens", "train")
     model = _first_weights(run, tokenizer).to(device)
-    loss = make_loss(model, device)
+    one = Trainee(model, make_loss(model, device))
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "phases": {}}
-    companion: CompanionTrainer | None = None
     for number, phase in enumerate(run.recipe.phases):
-        companion = companion or _companion(run, model, phase.name, streams)
-        work = partial(train_phase, model, loss, phase, streams, device, run.recipe.seed + number, companion)
+        one.companion = one.companion or _companion(run, model, phase.name, streams)
+        work = partial(train_phase, model, one.loss, phase, streams, device, run.recipe.seed + number, one.companion)
         result["phases"][phase.name] = _checkpointed(run, model, phase.name, work)
-    return result | _save_target(run, model, companion, tokenizer)
+    run.trainees.append(one)
+    return result | _save_target(run, model, one.companion, tokenizer)
 
 
 def refine_target(run: Run) -> dict[str, Any]:
@@ -101,15 +111,27 @@ def refine_target(run: Run) -> dict[str, Any]:
     if recipe is None:
         return {}
     tokenizer, streams = load_tokenizer(run.out / "tokenizer"), load_streams(run.cache / "tokens", "train")
-    model = trainable_target(target_folder(run.out)).to(device)
+    one = _trainee(run, streams)
+    curve = refine(one.model, one.loss, recipe, streams, tokenizer, device, run.recipe.seed + 100, one.companion)
+    return {"curve": curve} | _save_target(run, one.model, one.companion, tokenizer)
+
+
+def _trainee(run: Run, streams: Mapping[str, Stream]) -> Trainee:
+    """The target of the stage before with its exact weights, compiled already when that stage ran here."""
+    if run.trainees:
+        one = run.trainees.pop()
+    else:
+        model = trainable_target(target_folder(run.out)).to(run.device)
+        one = Trainee(model, make_loss(model, run.device))
+    if run.recipe.companion is None or "refine" not in run.recipe.companion.phases:
+        one.companion = None
+    else:
+        one.companion = one.companion or _companion(run, one.model, "refine", streams)
     if (run.cache / "target.pt").exists():
-        model.load_state_dict(torch.load(run.cache / "target.pt", map_location=device, weights_only=True))
-    companion = _companion(run, model, "refine", streams)
-    if companion is not None and (run.cache / "companion.pt").exists():
-        companion.head.load_state_dict(_companion_weights(run))
-    seed = run.recipe.seed + 100
-    curve = refine(model, make_loss(model, device), recipe, streams, tokenizer, device, seed, companion)
-    return {"curve": curve} | _save_target(run, model, companion, tokenizer)
+        one.model.load_state_dict(torch.load(run.cache / "target.pt", map_location=run.device, weights_only=True))
+    if one.companion is not None and (run.cache / "companion.pt").exists():
+        one.companion.head.load_state_dict(_companion_weights(run))
+    return one
 
 
 def _save_target(

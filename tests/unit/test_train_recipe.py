@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from speculator.train.companion import finite_loss
+from speculator.train.head import Rows
 from speculator.train.optim import Budget, Muon, curve, orthogonalise
 from speculator.train.recipe import Learning, RecipeError, bundled_recipe, load_recipe, recipe_names, scale_time
 from speculator.train.repetition import common, repeated, repeated_share
+from speculator.train.report import DivergedError, Log
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -135,3 +139,31 @@ def test_a_phrase_counts_as_common_when_enough_texts_have_it() -> None:
     ]
     assert not any(any(marks) for marks in common(texts, 3, n=3)), "one text counts once, however often it says it"
     assert common([[], [7]], 1, n=2) == [[], [False]], "an n-gram never spans two texts"
+
+
+def test_a_loss_whose_compiled_gradients_are_not_finite_runs_eager_and_one_that_never_has_any_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = nn.Linear(2, 1)
+    rows = Rows(*torch.ones(4, 1, 2).unbind())
+
+    def loss(rows: Rows) -> tuple[Tensor, Tensor]:
+        return module(rows.tokens).sum(), rows.tokens
+
+    def broken(rows: Rows) -> tuple[Tensor, Tensor]:
+        return module(rows.tokens).sum() * float("nan"), rows.tokens
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: broken)
+    assert finite_loss(loss, (module,), rows, compiled=True) is loss
+    assert module.weight.grad is None, "a trial leaves no gradient behind"
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    assert finite_loss(loss, (module,), rows, compiled=True) is loss
+    with pytest.raises(DivergedError, match="weight"):
+        finite_loss(broken, (module,), rows, compiled=False)
+
+
+def test_training_ends_at_a_loss_that_is_not_finite() -> None:
+    log = Log("pretrain")
+    log(10, loss=2.0)
+    with pytest.raises(DivergedError, match="pretrain: the loss is nan at step 20"):
+        log(20, loss=float("nan"))
