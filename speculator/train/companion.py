@@ -7,21 +7,21 @@ phases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from speculator.heads.base import DraftHead
 from speculator.train.data import Document, Stream
+from speculator.train.finite import finite_loss
 from speculator.train.head import HeadData, Rows, head_loss
 from speculator.train.optim import Optimizers
 from speculator.train.recipe import Companion, Head
-from speculator.train.report import DivergedError
 from target.decoder import Decoder
 
-GAIN = 0.02  # an agreement that is 0.1 short doubles the weight in 350 steps
+LESS, MORE = 0.3, 1.3  # what a round of refinement does to the share of the labels' gradient
+GAIN = 0.08  # an agreement that is 0.1 short doubles the weight in 90 steps
 
 
 class CompanionTrainer:
@@ -41,8 +41,9 @@ class CompanionTrainer:
         self.weight = torch.full((), recipe.weight, device=device)
         self.labels = torch.full((), recipe.labels, device=device)
         first = self._data.batch(recipe.rows)
-        self._loss = finite_loss(self._eager, (head, model), first, compiled=self._none.is_cuda)
+        self._loss = finite_loss(self._eager, (head, model), (first,), compiled=self._none.is_cuda)
         self.last = self._none
+        self._refining = False
 
     def _eager(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         total, agreement = head_loss(self.head, self.model, rows, self._shape, self._none, self.labels)
@@ -56,44 +57,26 @@ class CompanionTrainer:
         if self.goal > 0:  # on the device: the host never waits for it
             self.weight.mul_(torch.exp(GAIN * (self.goal - self.last))).clamp_(0.01, self.recipe.most)
 
-    def read(self, documents: Sequence[Document]) -> None:
-        """From now on learn from the target's own answers, as the recipe has it for refinement."""
+    def read(self, documents: Sequence[Document], shared: float) -> None:
+        """From now on learn from the target's own answers, as the recipe has it for refinement.
+
+        `shared` is the share of their n-grams that other answers have too. Above the recipe's limit the target is
+        buying agreement with stock phrases, so less of the gradient reaches its predictions.
+        """
         self._data = HeadData(documents, self.recipe.length, self._none.device, self._seed)
         self.goal = self.recipe.refine_goal
-        self.labels.fill_(self.recipe.refine_labels)
+        if not self._refining:
+            self.labels.fill_(self.recipe.refine_labels)
+            self._refining = True
+        self.labels.mul_(LESS if shared > self.recipe.shared_limit else MORE).clamp_(max=self.recipe.refine_labels)
 
     def state(self) -> dict[str, float]:
         """For a log line."""
         unrest = {f"head_{name}": value for name, value in self._optimizers.state().items()}
-        return {"agree": float(self.last), "joint": float(self.weight), **unrest}
+        return {"agree": float(self.last), "joint": float(self.weight), "labels": float(self.labels), **unrest}
 
     def step(self, progress: float) -> None:
         self._optimizers.step(progress)
-
-
-RowsLoss = Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]
-
-
-def finite_loss(eager: RowsLoss, modules: Sequence[nn.Module], rows: Rows, compiled: bool) -> RowsLoss:
-    """`eager`, compiled where that is wanted and its gradients on `rows` are finite; DivergedError if eager's are not.
-
-    torch 2.11 compiles some backward passes of masked attention into NaN: better slow than lost.
-    """
-    tried: list[RowsLoss] = [torch.compile(eager, dynamic=False)] if compiled else []
-    for loss in (*tried, eager):
-        loss(rows)[0].backward()
-        broken = [
-            name
-            for module in modules
-            for name, parameter in module.named_parameters()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        ]
-        for module in modules:
-            module.zero_grad(set_to_none=True)
-        if not broken:
-            return loss
-        print(f"[companion] not finite: the gradients of {', '.join(broken[:4])} ({len(broken)} in all)", flush=True)
-    raise DivergedError(f"the head's loss has gradients that are not finite, first those of {broken[0]}")
 
 
 def sample_documents(

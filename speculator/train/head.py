@@ -6,7 +6,7 @@ pairs the feature of token t with token t + 1, step j reads token t + 1 + j at p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from speculator.heads.base import DraftHead
 from speculator.train.attention import Unrolled, attend_with, hidden_rows, packed_attend
 from speculator.train.data import ANSWER, Document, pack
+from speculator.train.finite import finite_loss
 from speculator.train.optim import Budget, Optimizers
 from speculator.train.recipe import Head
 from speculator.train.report import Log
@@ -139,21 +140,14 @@ class HeadData:
         return Rows(tokens.long(), documents, positions.long(), marks == ANSWER)
 
 
-HeadLoss = Callable[[Rows, Tensor], tuple[Tensor, Tensor]]
-
-
-def make_head_loss(head: DraftHead, model: Decoder, recipe: Head) -> HeadLoss:
-    """`head_loss` of a pair, compiled on a GPU."""
-
-    def loss(rows: Rows, acceptance: Tensor) -> tuple[Tensor, Tensor]:
-        return head_loss(head, model, rows, recipe, acceptance)
-
-    return torch.compile(loss, dynamic=False) if model.embed.weight.is_cuda else loss
-
-
 def train_head(head: DraftHead, model: Decoder, data: HeadData, recipe: Head) -> list[dict[str, float]]:
     """Train in place and return the curve."""
-    loss = make_head_loss(head, model, recipe)
+
+    def eager(rows: Rows, acceptance: Tensor) -> tuple[Tensor, Tensor]:
+        return head_loss(head, model, rows, recipe, acceptance)
+
+    early = torch.zeros((), device=model.embed.weight.device)
+    loss = finite_loss(eager, (head,), (data.batch(recipe.rows), early), compiled=early.is_cuda)
     optimizers, budget, log = Optimizers(head, recipe.learning), Budget(recipe.steps, recipe.seconds), Log("head")
     step = 0
     while (progress := budget.progress(step)) < 1:

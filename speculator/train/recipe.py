@@ -195,6 +195,7 @@ class Companion:
     most: float = 0.5  # the steered weight stays below
     labels: float = 1.0
     refine_labels: float = 1.0
+    shared_limit: float = 1.0  # of n-grams that answers share: above it fewer label gradients, below it more
     rows: int = 64
     length: int = 256
     unroll: int = 4

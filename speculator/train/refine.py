@@ -50,9 +50,10 @@ def refine(
         prompts = _prompts(recipe, streams, tokenizer, seed + number)
         written, heats = _write(model, prompts, recipe, seed + number)
         joint = companion.state() if companion is not None else {}
-        log(step, round=number, **_summary(written, heats), **joint)
+        summary = _summary(written, heats)
+        log(step, round=number, **summary, **joint)
         if companion is not None:
-            companion.read(_followed(written, recipe))
+            companion.read(_followed(written, recipe), summary["shared"])
         rows = OwnRows(_documents(written, heats, recipe, words), recipe, device, seed + number)
         while step < (number + 1) * recipe.steps and (progress := budget.progress(step)) < 1:
             if companion is not None:

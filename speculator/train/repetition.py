@@ -38,15 +38,25 @@ def repeated_share(texts: Iterable[Sequence[int]], n: int = 4) -> float:
 
 
 def shared_share(texts: Iterable[Sequence[int]], n: int = 8) -> float:
-    """n-grams of a text that another text has too, over all n-grams: what is said to everybody, whatever was asked."""
-    found = [{tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)} for tokens in texts]
+    """n-grams of a text that another text has too, over all n-grams: what is said to everybody, whatever was asked.
+
+    A text that is shorter than n counts as one n-gram.
+    """
+    found = [_grams(tokens, n) for tokens in texts]
     counts = Counter(gram for grams in found for gram in grams)
     total = sum(map(len, found))
     return sum(counts[gram] > 1 for grams in found for gram in grams) / total if total else 0.0
 
 
+def _grams(tokens: Sequence[int], n: int) -> set[tuple[int, ...]]:
+    return {tuple(tokens[i : i + n]) for i in range(max(1, len(tokens) - n + 1))} if tokens else set()
+
+
 def common(texts: Sequence[Sequence[int]], least: int, n: int = 8) -> list[list[bool]]:
-    """For each token of each text, whether it completes an n-gram that at least `least` of the texts have."""
+    """For each token of each text, whether it completes an n-gram that at least `least` of the texts have.
+
+    A text that is shorter than n is common as a whole, or not at all.
+    """
     lengths = np.array([len(tokens) for tokens in texts], np.int64)
     owner = np.repeat(np.arange(len(texts)), lengths)
     flat = np.fromiter((token for tokens in texts for token in tokens), np.uint64, int(lengths.sum()))
@@ -55,7 +65,12 @@ def common(texts: Sequence[Sequence[int]], least: int, n: int = 8) -> list[list[
         whole = owner[n - 1 :] == owner[: len(owner) - n + 1]
         ends = np.flatnonzero(whole) + n - 1
         marks[ends] = _owners(_hashes(flat, n)[whole], owner[ends]) >= least
-    return [part.tolist() for part in np.split(marks, np.cumsum(lengths)[:-1])]
+    short = Counter(tuple(tokens) for tokens in texts if len(tokens) < n)
+    split = np.split(marks, np.cumsum(lengths)[:-1])
+    return [
+        [short[tuple(tokens)] >= least] * len(tokens) if len(tokens) < n else part.tolist()
+        for tokens, part in zip(texts, split, strict=True)
+    ]
 
 
 def _hashes(tokens: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:

@@ -18,6 +18,7 @@ from speculator.load import load_engine
 from speculator.local import LocalSequence
 from speculator.train.answers import Written, load_written, save_written
 from speculator.train.attention import hidden_rows
+from speculator.train.companion import CompanionTrainer
 from speculator.train.data import ANSWER, REPEATED, SKIP, Document, Stream
 from speculator.train.decode import DenseCache, decode_sorted
 from speculator.train.evaluate import chain_figures, greedy_drafts, replay
@@ -25,7 +26,17 @@ from speculator.train.folders import head_folder, load_trained_head, save_traine
 from speculator.train.head import HeadData, Rows, head_loss, train_head, unroll
 from speculator.train.model import new_head, new_target, round_weights, target_config
 from speculator.train.pretrain import heldout_losses, language_loss, make_loss, train_phase
-from speculator.train.recipe import Head, Learning, MlaRecipe, MoeRecipe, Phase, Refine, TargetRecipe
+from speculator.train.recipe import (
+    Companion,
+    DeltaRecipe,
+    Head,
+    Learning,
+    MlaRecipe,
+    MoeRecipe,
+    Phase,
+    Refine,
+    TargetRecipe,
+)
 from speculator.train.refine import _documents
 from speculator.train.tokenizer import ASSISTANT, END, USER
 from speculator.types import DraftShape, SamplingParams
@@ -48,6 +59,10 @@ KINDS = {
             mla=MlaRecipe(rank=16, nope_dim=8, rope_dim=4, value_dim=8),
             moe=MoeRecipe(experts=4, top_k=2, inner_size=16),
         ),
+        replace(HEAD, kind="mtp", taps=()),
+    ),
+    "hybrid": (
+        replace(SIZES, delta=DeltaRecipe(key_heads=2, value_heads=4, key_dim=8, value_dim=8)),
         replace(HEAD, kind="mtp", taps=()),
     ),
 }
@@ -143,7 +158,7 @@ def test_modules_teach_the_tables_they_share_and_eagle_heads_do_not(kind: str) -
         torch.ones(1, 1, SIZES.hidden_size), tokens, torch.zeros(1, 1, dtype=torch.int64), Served(head).attend
     )
     head.logits(output).sum().backward()
-    assert (model.embed.weight.grad is not None) is (kind == "mtp")
+    assert (model.embed.weight.grad is not None) is (KINDS[kind][1].kind == "mtp")
 
 
 def packed(tokens: list[int], documents: list[int]) -> Rows:
@@ -205,8 +220,9 @@ def test_the_engine_drafts_what_training_unrolls(model: Decoder, head: DraftHead
     save_target(model, tmp_path / "target")
     save_trained_head(head, model, tmp_path)
     target = load_target(tmp_path / "target", torch.float32)
-    saved = load_trained_head(kind, target, tmp_path)
-    sets = {"target": tmp_path / "target", "head": head_folder(tmp_path, kind), "device": "cpu"}
+    where = KINDS[kind][1].kind
+    saved = load_trained_head(where, target, tmp_path)
+    sets = {"target": tmp_path / "target", "head": head_folder(tmp_path, where), "device": "cpu"}
     engine = load_engine(load_config(None, [*(f"model.{k}={v}" for k, v in sets.items()), "engine.max_sessions=1"]))
     seen = set[tuple[int, ...]]()
     for length in range(5, 15):
@@ -301,7 +317,7 @@ def test_a_target_and_its_head_learn_and_survive_saving(tmp_path: Path, kind: st
 
     for _ in range(2):  # the second time over the first
         save_trained_head(head, loaded, tmp_path)
-    again = load_trained_head(kind, loaded, tmp_path)
+    again = load_trained_head(recipe.kind, loaded, tmp_path)
     round_weights(head)
     assert replace(again.record, rope=head.record.rope) == head.record
     assert greedy_drafts(again, loaded, texts, 3) == greedy_drafts(head, loaded, texts, 3)
@@ -350,3 +366,21 @@ def test_labels_say_how_much_a_target_may_give_way() -> None:
         reached[share] = torch.zeros_like(target.norm.weight) if norm is None else norm
     assert reached[0.0].abs().max() == 0
     torch.testing.assert_close(reached[0.5] * 2, reached[1.0])
+
+
+def test_a_target_that_says_the_same_to_everybody_must_give_way_less() -> None:
+    target = new_target(target_config(SIZES, V), seed=0)
+    learner = new_head(target, HEAD, HEAD.taps, seed=0)
+    recipe = Companion(
+        ("refine",), {"toy": 1.0}, rows=2, length=20, unroll=2, documents=8,
+        labels=0.1, refine_labels=0.5, shared_limit=0.2, goal=0.5, refine_goal=0.9,
+    )  # fmt: skip
+    companion = CompanionTrainer(learner, target, recipe, HEAD, {"toy": toy_stream()}, seed=0)
+    answers = [Written([USER, 5, END, ASSISTANT], [*range(10, 20), END]).document()] * 4
+    seen = [float(companion.labels)]
+    for shared in (0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0):
+        companion.read(answers, shared)
+        seen.append(float(companion.labels))
+    assert seen[:2] == pytest.approx([0.1, 0.5]) and companion.goal == 0.9
+    assert seen[3] < seen[2] < seen[1] / 2, "stock phrases: less of the gradient reaches the predictions"
+    assert seen[3] < seen[4] < seen[5] <= 0.5, "and more again when they are gone"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speculator.train.companion import finite_loss
+from speculator.train.finite import finite_loss
 from speculator.train.head import Rows
 from speculator.train.optim import Budget, Muon, curve, orthogonalise
 from speculator.train.recipe import Learning, RecipeError, bundled_recipe, load_recipe, recipe_names, scale_time
-from speculator.train.repetition import common, repeated, repeated_share
+from speculator.train.repetition import common, repeated, repeated_share, shared_share
 from speculator.train.report import DivergedError, Log
 
 
@@ -63,7 +63,9 @@ def test_parts_that_do_not_go_together_are_named(
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="wings does not exist; recipes of this package are nano-en, nano-moe, "):
+    with pytest.raises(
+        RecipeError, match="wings does not exist; recipes of this package are nano-en, nano-hybrid, nano-moe, "
+    ):
         load_recipe(bundled_recipe("wings"))
 
 
@@ -138,7 +140,13 @@ def test_a_phrase_counts_as_common_when_enough_texts_have_it() -> None:
         [False],
     ]
     assert not any(any(marks) for marks in common(texts, 3, n=3)), "one text counts once, however often it says it"
-    assert common([[], [7]], 1, n=2) == [[], [False]], "an n-gram never spans two texts"
+    assert common([[], [7]], 2, n=2) == [[], [False]], "an n-gram never spans two texts"
+    assert common([[5, 6], [5, 6], [5, 7]], 2) == [[True] * 2, [True] * 2, [False] * 2], "short texts count as a whole"
+
+
+def test_short_texts_are_shared_as_a_whole() -> None:
+    assert shared_share([[1, 2], [1, 2], [1, 3, 4]]) == pytest.approx(2 / 3)
+    assert shared_share([[], [1] * 9, [2] + [1] * 8]) == pytest.approx(2 / 3)
 
 
 def test_a_loss_whose_compiled_gradients_are_not_finite_runs_eager_and_one_that_never_has_any_ends(
@@ -154,12 +162,12 @@ def test_a_loss_whose_compiled_gradients_are_not_finite_runs_eager_and_one_that_
         return module(rows.tokens).sum() * float("nan"), rows.tokens
 
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: broken)
-    assert finite_loss(loss, (module,), rows, compiled=True) is loss
+    assert finite_loss(loss, (module,), (rows,), compiled=True) is loss
     assert module.weight.grad is None, "a trial leaves no gradient behind"
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    assert finite_loss(loss, (module,), rows, compiled=True) is loss
+    assert finite_loss(loss, (module,), (rows,), compiled=True) is loss
     with pytest.raises(DivergedError, match="weight"):
-        finite_loss(broken, (module,), rows, compiled=False)
+        finite_loss(broken, (module,), (rows,), compiled=False)
 
 
 def test_training_ends_at_a_loss_that_is_not_finite() -> None:
