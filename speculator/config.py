@@ -62,6 +62,9 @@ class EngineConfig:
     prefill_chunk: int = 512  # longest piece of a prompt in one step
     threads: int = 0  # CPU threads of one pass; 0 is torch's own choice
     memory_share: float = 0.9  # of a GPU that may be in use, other processes included
+    invariant: bool = False  # committed tokens are the same whatever head, draft, batch or chunk they came by; slower
+    products: Literal["auto", "torch"] = "auto"  # auto: own kernels for shapes where the table says they are faster
+    product_table: str = ""  # file of `speculator bench skinny`; "" is the table that comes along
 
     def __post_init__(self) -> None:
         _within(self, "engine", page_size=(0, 1024), kv_tokens=(0, UNBOUNDED), max_sessions=(1, 4096))
@@ -72,15 +75,43 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How many ranks share the target. Without ranks started from outside (torchrun), `serve` starts them itself."""
+
+    tensor: int = 1  # ranks that divide heads, inner columns and the vocabulary of each layer
+    head: Literal["replicate", "shard"] = "replicate"  # the draft head whole on every rank, or divided as the target is
+    silent_s: float = 10.0  # a rank without any sign of life for so long ends all
+    stalled_s: float = 120.0  # and one that is busy with the same thing for so long
+
+    def __post_init__(self) -> None:
+        _within(self, "parallel", tensor=(1, 1024), silent_s=(1, 3600), stalled_s=(1, 86400))
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
 class GraphsConfig:
     """Which passes are recorded at start-up and replayed. On a CPU the tape recorder stands in for CUDA graphs."""
 
-    mode: Literal["auto", "off", "split", "piecewise"] = "auto"  # auto: piecewise on a GPU, off on a CPU
+    mode: Literal["auto", "off", "split", "piecewise", "round"] = "auto"  # auto: piecewise on a GPU, off on a CPU
     rows: int = 0  # largest batch of rounds that is recorded; 0 is the engine's sessions, 32 at most
-    prompt_tokens: int = 1024  # largest prompt chunk that is recorded, over all rows of a step (piecewise)
+    prompt_tokens: int = 1024  # largest prompt chunk that is recorded, over all rows of a step (piecewise, round)
+    depths: str = "0"  # chains shorter than draft.depth that get rounds of their own, as depths between commas (round)
 
     def __post_init__(self) -> None:
         _within(self, "graphs", rows=(0, 4096), prompt_tokens=(1, 8192))
+        fits = all(depth.isdigit() and int(depth) <= 16 for depth in self._depths)
+        _require(fits, f'graphs.depths must be depths from 0 to 16 between commas, as "0,3", not "{self.depths}".')
+
+    @property
+    def _depths(self) -> list[str]:
+        return [depth.strip() for depth in self.depths.split(",") if depth.strip()]
+
+    @property
+    def round_depths(self) -> tuple[int, ...]:
+        return tuple(map(int, self._depths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +128,23 @@ class DraftConfig:
     @property
     def shape(self) -> DraftShape:
         return DraftShape(self.depth, self.nodes, max(1, self.branching))
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """How deep to draft where a client leaves it open: never deeper than [draft], not at all where that would lose.
+
+    The policy needs to know what rounds cost: `costs` names a JSON file that is read when it is there, else measured
+    and written; without a name the costs are measured at every start.
+    """
+
+    mode: Literal["auto", "off"] = "auto"  # off: always the shape of [draft]
+    measure: Switch = "auto"  # rounds are timed at start-up; auto: on a GPU
+    measure_seconds: float = 10.0  # how long that may take, about
+    costs: str = ""  # the file
+
+    def __post_init__(self) -> None:
+        _within(self, "policy", measure_seconds=(0, 3600))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +237,10 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     graphs: GraphsConfig = field(default_factory=GraphsConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 

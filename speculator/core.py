@@ -45,10 +45,11 @@ from speculator.errors import (
     SpeculatorError,
 )
 from speculator.inbox import Inbox
+from speculator.policy import DepthPolicy
 from speculator.scheduler import WINDOW
 from speculator.session import Job, Kind, SessionSpec
 from speculator.totals import Totals
-from speculator.types import Draft, EngineInfo, FinishReason
+from speculator.types import Draft, DraftShape, EngineInfo, FinishReason
 from speculator.watch import AcceptanceWatch
 from speculator.worker import Delivery, EngineLike, Worker
 
@@ -73,6 +74,7 @@ class DrafterCore:
         max_queued: int = 1024,
         idle_timeout: float = 600.0,
         watch: AcceptanceWatch | None = None,
+        policy: DepthPolicy | None = None,
     ) -> None:
         self.info: EngineInfo = engine.info
         self.totals = Totals()
@@ -82,11 +84,13 @@ class DrafterCore:
         self._answers: Inbox[list[Delivery]] = Inbox(watched=True)
         self._engine = engine
         self._worker = Worker(engine, self._answers.put, self._bury, idle_timeout=idle_timeout, totals=self.totals)
+        self._worker.scheduler.steer(policy)
         self._max_queued = max_queued
         self._in_flight = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._stopped = False
         self._refuses: SpeculatorError | None = None  # why no work item is taken any more
+        self._generations: set[_Inbox] = set()  # of readers that wait for more
         self._quiet: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -114,9 +118,11 @@ class DrafterCore:
         self.draining = True
 
     def close(self) -> None:
-        """Takes no new work item from now on; those under way are answered."""
+        """Takes no new work item from now on; those under way are answered, generations after the steps they did."""
         self.draining = True
         self._refuses = self._refuses or _shutting_down()
+        for inbox in self._generations:
+            inbox.put(self._refuses)
 
     async def quiet(self) -> None:
         """Waits until no work item is under way."""
@@ -180,6 +186,7 @@ class DrafterCore:
         spec = replace(self._checked(spec), prefill_only=False)
         job = Job(Kind.GENERATE, spec.session_id, spec.owner, deadline, spec=spec, done=inbox.put)
         self.start_job(job)
+        self._generations.add(inbox)
         taken, finish = 0, FinishReason.RUNNING
         try:
             while finish is FinishReason.RUNNING:
@@ -187,8 +194,9 @@ class DrafterCore:
                 finish, taken = item.finish, taken + 1
                 yield item
                 if taken % (WINDOW // 2) == 0:
-                    self._worker.post(self._worker.scheduler.credit, job, WINDOW // 2)
+                    self._worker.post_amid(self._worker.scheduler.credit, job, WINDOW // 2)
         finally:
+            self._generations.discard(inbox)
             if finish is FinishReason.RUNNING:
                 self.cancel(job)
 
@@ -211,6 +219,11 @@ class DrafterCore:
     def passes_run(self) -> dict[str, tuple[int, int]]:
         """Replayed and eager passes by name; numbers read while the worker runs."""
         return dict(self._engine.passes_run())
+
+    def drafts_given(self) -> dict[DraftShape, int]:
+        """Drafts that the depth policy asked for, by shape; numbers read while the worker runs, empty without one."""
+        policy = self._worker.scheduler.policy
+        return {} if policy is None else dict(policy.given)
 
     def usage(self) -> Usage:
         """What is held now; numbers read while the worker runs, each right by itself."""
@@ -236,15 +249,22 @@ class DrafterCore:
 
     def start_job(self, job: Job) -> None:
         """Sends a work item to the worker; `job.done` gets its answers on the loop. Raises when there is no room."""
+        try:
+            self._admit(job)
+        except SpeculatorError as error:
+            self.totals.reject(error.reason)
+            raise
+        self._in_flight += 1
+        job.queued = time.monotonic()
+        self._worker.post(self._worker.scheduler.submit, job)
+
+    def _admit(self, job: Job) -> None:
         if self._refuses is not None or (self.draining and job.spec is not None):
             raise self._refuses or _shutting_down()
         if self._in_flight >= self._max_queued:
             raise ServerFullError(f"{self._in_flight} work items are waiting, the limit is {self._max_queued}")
         if job.kind is Kind.EXTEND:
             self._check_extend(job.tokens)
-        self._in_flight += 1
-        job.queued = time.monotonic()
-        self._worker.post(self._worker.scheduler.submit, job)
 
     def _check_extend(self, tokens: Sequence[int]) -> None:
         if not tokens:
@@ -281,7 +301,7 @@ class DrafterCore:
     def _sweep(self) -> None:
         assert self._loop is not None
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
-        self._worker.post(self._worker.scheduler.sweep)
+        self._worker.post_amid(self._worker.scheduler.sweep)
         if self.watch is not None:
             self.watch.observe(self.totals.acceptance.copy())
 

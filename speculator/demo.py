@@ -86,7 +86,8 @@ async def show(engine: EngineLike, tokenizer: Tokenizer, config: Config, plan: P
 async def _serving(engine: EngineLike, config: Config) -> AsyncIterator[str]:
     """A server of the engine on a free port of loopback."""
     core = DrafterCore(engine)
-    server = Server(core, replace(config.server, host="127.0.0.1", port=0, metrics_port=0))
+    local = replace(config.server, host="127.0.0.1", port=0, metrics_port=0)
+    server = Server(core, replace(local, tls_cert="", tls_key="", tls_client_ca="", token_file=""))
     await server.start()
     try:
         yield f"127.0.0.1:{server.port}"

@@ -8,6 +8,7 @@ overwrites.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from speculator.heads.base import DraftHead
 from speculator.lookback import module_step
+from speculator.readout import Ranking, draft_ranking
 from speculator.sampling import RowSampling, Stream, coupled_sample, draft_sample, gumbel, scores
 from speculator.tree import StaticLevel, TreeGrowth, static_levels
 from speculator.types import DraftShape
@@ -32,6 +34,11 @@ class Start(NamedTuple):
     sampling: RowSampling
     coupled: bool  # draw with the target's own noise, else with noise of the round
     static: bool = False  # the tensors are refilled between runs of a recorded pass, `longest` bounds what is stored
+
+    @property
+    def live(self) -> Tensor:
+        """[R] bool: not padding, whose page table begins with the null page."""
+        return self.pages[:, 0] > 0
 
 
 class Drafted(NamedTuple):
@@ -75,7 +82,7 @@ class Expansion:
     """Runs the head on drafted tokens and ranks what follows."""
 
     def __init__(self, head: DraftHead, attention: Attention[Any], start: Start) -> None:
-        self.head, self.attention, self.start = head, attention, start
+        self.head, self.attention, self.start, self.live = head, attention, start, start.live
         # filters shape q as they shape p; the repetition penalty stays with the target (q need not follow it)
         self.sampling = start.sampling._replace(any_penalty=False)
         count = head.record.draft_vocab_size
@@ -99,7 +106,7 @@ class Expansion:
         rows, count = tokens.shape
         start = self.start
         positions = (start.context + level - 1)[:, None].expand(rows, count)
-        counts = torch.full_like(start.context, count)
+        counts = self.live * count
         longest = start.longest + (0 if start.static else offset + count)
         batch = Batch(tokens, positions, start.context, counts, start.pages, ancestors, offset, longest, start.static)
         return self.head(self.head.recycle(parents), tokens, positions, bind(self.attention, batch))  # type: ignore[no-any-return]
@@ -108,9 +115,15 @@ class Expansion:
         """Outputs [R, k, H] -> unnormalised log q [R, k, Vd] under the rows' temperature and filters."""
         return scores(self.head.stage(step).logits(outputs), self.sampling, None)
 
-    def counter(self, values: Tensor, level: int) -> Tensor:
-        """[R, k] absolute positions of tokens of depth `level`, one for each of values [R, k, Vd]."""
-        return (self.start.context + level)[:, None].expand(values.shape[:2])
+    def counter(self, outputs: Tensor, level: int) -> Tensor:
+        """[R, k] absolute positions of tokens of depth `level`, one for each of outputs or values [R, k, ...]."""
+        return (self.start.context + level)[:, None].expand(outputs.shape[:2])
+
+    def read(self, outputs: Tensor, level: int, k: int, step: int = 0) -> Ranking | None:
+        """The k best draft ids after each of outputs [R, n, H]; None where logits have to be written for that."""
+        ask = partial(self.head.stage(step).read, outputs)
+        ids = self.head.target_ids
+        return draft_ranking(ask, self.sampling, self.counter(outputs, level), k, ids, self.start.coupled)
 
     def draw(self, values: Tensor, level: int) -> Tensor:
         """One draft id [R, 1] from values [R, 1, Vd]."""
@@ -125,6 +138,9 @@ class Expansion:
         Under the coupled rule the target's noise is known, so the tokens that noise favours rank first: the score is
         the log-probability of being the target's draw if the target agreed with the head, softened by their gap.
         """
+        found = self.read(outputs, level, k)
+        if found is not None:
+            return self.ids[found.columns], found.scores, found.logprobs
         values = self.values(outputs)
         logq = values.log_softmax(-1)
         score = logq
@@ -147,13 +163,24 @@ class _Chain:
         expand = self.expand
         if level > 1:
             self.output = expand.follow(self.output, self.tokens, level - 1)
-        values = expand.values(self.output[:, -1:], level - 1)
-        drawn = expand.draw(values, level)
+        newest = self.output[:, -1:]
+        found = None if self.sampled else expand.read(newest, level, 1, level - 1)
+        if found is None:
+            self._write(expand.values(newest, level - 1), level)
+        else:
+            self._add(found.columns[..., 0], found.logprobs[..., 0])
+
+    def _write(self, values: Tensor, level: int) -> None:
+        """Draw from written values [R, 1, Vd]."""
+        drawn = self.expand.draw(values, level)
         logq = values.log_softmax(-1)
-        self.tokens.append(expand.ids[drawn])
-        self.logprobs.append(logq.gather(-1, drawn[..., None])[..., 0])
+        self._add(drawn, logq.gather(-1, drawn[..., None])[..., 0])
         if self.sampled:
-            self.distributions.append(_in_target_vocabulary(expand, logq))
+            self.distributions.append(_in_target_vocabulary(self.expand, logq))
+
+    def _add(self, drawn: Tensor, logprobs: Tensor) -> None:
+        self.tokens.append(self.expand.ids[drawn])
+        self.logprobs.append(logprobs)
 
     def done(self) -> Drafted:
         parents = torch.arange(-1, self.depth - 1, device=self.output.device).expand(len(self.output), self.depth)

@@ -180,16 +180,31 @@ def validate(draft: Draft, info: EngineInfo, rule: Rule = Rule.COUPLED) -> None:
         raise InvalidTreeError(
             f"parent_indices has {len(draft.parents)} entries for {len(draft.tokens)} tokens", field="tree"
         )
-    if draft.logprobs and len(draft.logprobs) != len(draft.tokens):
-        raise InvalidTreeError(f"logprobs has {len(draft.logprobs)} entries for {len(draft.tokens)} tokens")
+    _check_logprobs(draft)
     check_tokens(draft.tokens, info.vocab_size, "tree.token_ids")
     _check_order(draft.parents, "tree.parent_indices")
     if draft.tokens and draft_depth(draft) > info.max_depth:
-        raise InvalidTreeError(f"the tree is {draft_depth(draft)} levels deep, the limit is {info.max_depth}")
+        raise InvalidTreeError(
+            f"the tree is {draft_depth(draft)} levels deep, the limit is {info.max_depth}", field="tree"
+        )
     if rule is Rule.BLOCK and not draft.is_chain:
         raise InvalidTreeError("block verification takes chains only, this draft is a tree", field="tree")
     if draft.q is not None:
         _check_distributions(draft, draft.q, info)
+
+
+def _check_logprobs(draft: Draft) -> None:
+    if draft.logprobs and len(draft.logprobs) != len(draft.tokens):
+        raise InvalidTreeError(
+            f"logprobs has {len(draft.logprobs)} entries for {len(draft.tokens)} tokens", field="tree.logprobs"
+        )
+    for i, value in enumerate(draft.logprobs):
+        if _no_logprob(value):
+            raise InvalidTreeError(f"the log-probability of node {i} is NaN or above 0", field=f"tree.logprobs[{i}]")
+
+
+def _no_logprob(value: float) -> bool:
+    return math.isnan(value) or value > TOTAL_TOLERANCE
 
 
 def _check_order(parents: Sequence[int], where: str) -> None:
@@ -203,7 +218,9 @@ def _check_order(parents: Sequence[int], where: str) -> None:
 
 def _check_distributions(draft: Draft, q: Sequence[Distribution], info: EngineInfo) -> None:
     if len(q) != len(draft.tokens):
-        raise InvalidTreeError(f"support_counts has {len(q)} entries for {len(draft.tokens)} tokens")
+        raise InvalidTreeError(
+            f"support_counts has {len(q)} entries for {len(draft.tokens)} tokens", field="tree.support_counts"
+        )
     for i, (token, support) in enumerate(zip(draft.tokens, q, strict=True)):
         check_tokens(support.token_ids, info.vocab_size, f"tree.support_token_ids of node {i}")
         _check_distribution(i, token, support)
@@ -211,16 +228,24 @@ def _check_distributions(draft: Draft, q: Sequence[Distribution], info: EngineIn
 
 def _check_distribution(node: int, token: int, support: Distribution) -> None:
     if len(support.token_ids) != len(support.logprobs):
-        raise InvalidTreeError(f"node {node} has {len(support.token_ids)} support tokens and other many logprobs")
+        raise InvalidTreeError(
+            f"node {node} has {len(support.token_ids)} support tokens and {len(support.logprobs)} log-probabilities",
+            field="tree.support_logprobs",
+        )
     if len(set(support.token_ids)) != len(support.token_ids):
-        raise InvalidTreeError(f"the support of node {node} lists a token twice")
+        raise InvalidTreeError(f"the support of node {node} lists a token twice", field="tree.support_token_ids")
     mass = dict(zip(support.token_ids, support.logprobs, strict=True))
-    if any(math.isnan(value) or value > TOTAL_TOLERANCE for value in mass.values()):
-        raise InvalidTreeError(f"the support of node {node} has a log-probability that is NaN or above 0")
+    if any(map(_no_logprob, mass.values())):
+        raise InvalidTreeError(
+            f"the support of node {node} has a log-probability that is NaN or above 0", field="tree.support_logprobs"
+        )
     if mass.get(token, -math.inf) == -math.inf:
-        raise InvalidTreeError(f"token {token} of node {node} is not in the support it was drawn from")
+        raise InvalidTreeError(
+            f"token {token} of node {node} is not in the support it was drawn from", field="tree.support_token_ids"
+        )
     total = math.fsum(math.exp(value) for value in mass.values())
     if abs(total - 1.0) > TOTAL_TOLERANCE:
         raise InvalidTreeError(
-            f"q of node {node} sums to {total:.4f}, not 1: verification needs the full support, not its top part"
+            f"q of node {node} sums to {total:.4f}, not 1: verification needs the full support, not its top part",
+            field="tree.support_logprobs",
         )

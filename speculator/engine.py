@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from speculator import drafting
-from speculator.errors import EngineFailedError, SpeculatorError
 from speculator.heads.base import DraftHead
 from speculator.lookback import Lookback, TrueRows, gather_rows
-from speculator.passes import Passes, eager_passes, rows_of, shifted
+from speculator.passes import Passes, Verified, eager_passes, rows_of, shifted
+from speculator.readout import Draws, target_draws
+from speculator.recurrent import recurrence
 from speculator.results import Committed, collect
+from speculator.round import Rounds
+from speculator.round_parts import Report, judge_coupled, keep_path, log_probabilities, report
+from speculator.round_result import Flight
 from speculator.rows import Rows
 from speculator.sampling import RowSampling, coupled_sample, scores, upload
-from speculator.tree import Tree, compaction, pack, seen_tokens
+from speculator.tree import Tree, pack, seen_tokens
 from speculator.types import DraftShape, EngineInfo, Feed, Rule, SamplingParams, Step, StepResult, StepTimes
+from speculator.under_way import UnderWay, device_failures
 from speculator.verify import DraftQ, Verdict, verify
 from target.batch import Batch, causal_positions
 from target.cache import PagedCache
 from target.decoder import Decoder
-from target.errors import PlanError
+from target.states import StateCache
 
 CatchUp = Callable[[Batch, Tensor, Tensor], Tensor]
 
@@ -41,54 +47,94 @@ class Engine:
         head: DraftHead | None,
         cache: PagedCache,
         passes: Passes | None = None,
+        states: StateCache | None = None,
     ) -> None:
         self.info, self.model, self.head, self.cache = info, model, head, cache
         self.device = cache.layers[0].device
-        self.passes: Passes = passes or eager_passes(model, head, cache)
+        self.recurrent = recurrence(model, info.max_rows, states)
+        self.passes: Passes = passes or eager_passes(model, head, cache, self.recurrent.cache)
         width = head.record.hidden_size if head else 1
         dtype, back = cache.layers[0].dtype, head.lookback if head else 0
-        self.rows = Rows(info.max_rows, width, info.vocab_size, dtype, self.device, 1 + back)
+        # one row is spare: the padding of a recorded round
+        self.rows = Rows(info.max_rows + 1, width, info.vocab_size, dtype, self.device, 1 + back)
         # heads of several modules run the rows again that rested on drafted tokens
         feature = head.record.feature_size if head else 0
-        self.lookback = Lookback(info.max_rows, back, feature, dtype, self.device) if back else None
+        self.lookback = Lookback(info.max_rows + 1, back, feature, dtype, self.device) if back else None
+        self.rounds: Rounds | None = None  # whole rounds, where they are recorded
         self.times = StepTimes()
+        self.landed_at = 0.0  # when the last round that was under way had ended
+        self.fallen = False  # whether the one before failed, on top of which others may have been launched
         self._drafts = 0
 
     def open(self, row: int, sampling: SamplingParams, speculate: bool) -> None:
         """Give a row to a new session."""
         self.rows.open(row, sampling, speculate and self.head is not None)
+        if self.rounds:
+            self.rounds.open(row, sampling)
+        self.recurrent.clear(row)
 
     def close(self, row: int) -> None:
         self.rows.close(row)
+        self.recurrent.clear(row)
 
     def passes_run(self) -> dict[str, tuple[int, int]]:
         """By pass: how many were replayed, how many ran eager that could have been; empty where nothing is recorded."""
-        return self.passes.tally()
+        return self.passes.tally() | (self.rounds.tally() if self.rounds else {})
 
     @torch.inference_mode()
     def step(self, steps: Sequence[Step]) -> list[StepResult]:
         """Run one step of each row; NumericalError when any row met NaN or infinity (then no result counts)."""
-        try:
+        with device_failures():
             return self._step(steps)
-        except SpeculatorError:
-            raise
-        except (RuntimeError, PlanError) as error:
-            raise EngineFailedError(f"the step failed on the device: {str(error).splitlines()[0]}") from error
+
+    @torch.inference_mode()
+    def launch(self, steps: Sequence[Step]) -> UnderWay | None:
+        """Start a step that is one recorded round, and wait for nothing; None, and nothing begun, for any other step.
+
+        One more may be launched before its results are collected: steps `ahead`, of the same rows or some of them.
+        """
+        begun = time.perf_counter()
+        if self.rounds is None or not self.rounds.takes(steps):
+            return None
+        self.fallen &= steps[0].ahead
+        with device_failures():
+            flight = self.rounds.launch(steps, self._next_draft)
+        return None if flight is None else UnderWay(self, steps, flight, begun)
+
+    def landed(self, flight: Flight) -> None:
+        """The results of a recorded round are on the host and count."""
+        if self.rounds:
+            self.rounds.landed(flight.outcome)
 
     def _step(self, steps: Sequence[Step]) -> list[StepResult]:
         start = time.perf_counter()
-        rows = [s.row for s in steps]
-        self.rows.cached[self._ints(rows)] = self._ints([s.cached for s in steps])
-        feeds = [i for i, s in enumerate(steps) if s.feed]
-        rounds = [i for i, s in enumerate(steps) if s.draft is not None]
+        self.recurrent.begin(steps)
+        flight = self.rounds.launch(steps, self._next_draft) if self.rounds else None
+        launched = time.perf_counter() - start
+        rest = self._by_passes(steps, flight)
+        feeds = [i for i in rest if steps[i].feed]
+        rounds = [i for i in rest if steps[i].draft is not None]
         committed = [self._feed(steps, feeds)] if feeds else []
         fed = time.perf_counter()
         committed += [self._verify(steps, rounds)] if rounds else []
         verified = time.perf_counter()
-        drafted = [self._propose(steps, group) for group in self._groups(steps)]
-        results = collect(steps, committed, drafted)
-        self.times = StepTimes(fed - start, verified - fed, time.perf_counter() - verified)
+        drafted = [self._propose(steps, group) for group in self._groups(steps, rest)]
+        results = collect(steps, committed, drafted, flight)
+        if flight:
+            self.landed(flight)
+        self.recurrent.commit(steps, results)
+        self.times = StepTimes(fed - start - launched, verified - fed + launched, time.perf_counter() - verified)
         return results
+
+    def _by_passes(self, steps: Sequence[Step], flight: Flight | None) -> list[int]:
+        """The steps that no recorded round took, their rows set to where they stand."""
+        rest = [i for i in range(len(steps)) if flight is None or i not in flight.outcome.steps]
+        if rest:
+            self.rows.cached[self._ints([steps[i].row for i in rest])] = self._ints([steps[i].cached for i in rest])
+        if self.rounds:
+            for i in rest:
+                self.rounds.forget(steps[i].row)
+        return rest
 
     def _ints(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return upload(torch.tensor(values, dtype=torch.int64), self.device)
@@ -108,7 +154,7 @@ class Engine:
         sampling = self.rows.sampling([s.row for s in chosen])
         counts = self._ints([len(f.tokens) for f in feeds])
         batch = self._feed_batch(chosen, feeds, rows, counts)
-        fed = self.passes.feed(batch)
+        fed = self.recurrent.feed(self.passes, batch, rows)
         self.rows.note(rows, batch.tokens, counts, sampling)
         following, logprobs, finite = self._following(feeds, fed.final, counts, batch, rows, sampling)
         self.rows.note(rows, following[:, None], torch.ones_like(counts), sampling)
@@ -130,20 +176,26 @@ class Engine:
     def _following(
         self, feeds: Sequence[Feed], final: Tensor, counts: Tensor, batch: Batch, rows: Tensor, sampling: RowSampling
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The token after each chunk [R], its log-probability [R, 1], and which rows are finite [R]."""
+        """The token after each chunk [R], its log-probability [R, 1] if drawn, and which rows are finite [R]."""
         last = gather_rows(final, (counts - 1)[:, None])
         finite = last.isfinite().all(-1).all(-1)
         known = self._ints([-1 if f.following is None else f.following for f in feeds])
         if all(f.following is not None for f in feeds):
             return known, torch.zeros(known.shape[0], 1, device=self.device), finite
+        draws = self._draw(last, (batch.context + counts)[:, None], rows, sampling)
+        following = torch.where(known < 0, draws.tokens[:, 0], known)
+        return following, draws.logprobs, finite & draws.finite[:, 0]
+
+    def _draw(self, last: Tensor, position: Tensor, rows: Tensor, sampling: RowSampling) -> Draws:
+        """The target's tokens at `position` [R, 1], after final states [R, 1, H]."""
+        draws = target_draws(partial(self.model.read, last), sampling, position)
+        if draws is not None:
+            return draws
         logits = self.model.logits(last)
         seen = self.rows.seen(rows, sampling)
         values = scores(logits, sampling, None if seen is None else seen[:, None])
-        position = (batch.context + counts)[:, None]
-        sampled = coupled_sample(values, sampling, position)
-        following = torch.where(known < 0, sampled[:, 0], known)
-        finite &= logits.isfinite().all(-1).all(-1)
-        return following, _logprobs(logits, following[:, None]), finite
+        tokens = coupled_sample(values, sampling, position)
+        return Draws(tokens, log_probabilities(logits, tokens), logits.isfinite().all(-1))
 
     # verify: a draft below the last committed token
 
@@ -153,19 +205,14 @@ class Engine:
         rows = self._ints([s.row for s in chosen])
         tree = pack([s.draft for s in chosen], [s.root for s in chosen], self.device)
         batch = self._verify_batch(chosen, tree, self.rows.cached[rows])
-        features, logits = self.passes.verify(batch)
-        verdict = self._judge(chosen, tree, logits, rows)
-        if not tree.chain:
-            self._keep_path(batch, verdict)
-            features = gather_rows(features, verdict.path)
-        tokens = verdict.tokens.clamp(min=0)
-        self.rows.note(rows, tokens, verdict.kept, self.rows.sampling([s.row for s in chosen]))
-        true_rows = TrueRows(_committed_batch(batch, tokens, verdict.kept), features, tokens)
+        verified = self.recurrent.verify(self.passes, batch, rows)
+        verdict, said = self._judge(chosen, tree, verified, rows)
+        self.recurrent.accept(verdict.kept)
+        true_rows = keep_path(self.cache, batch, verdict, verified.features)
+        self.rows.note(rows, true_rows.following, verdict.kept, self.rows.sampling([s.row for s in chosen]))
         self._catch_up(chosen, rows, true_rows, self.passes.catch_up)
         self.rows.cached[rows] = batch.context + verdict.kept
-        logprobs = _logprobs(gather_rows(logits, verdict.path), tokens)
-        finite = (logits.isfinite().all(-1) | ~tree.valid()).all(-1)
-        return Committed(picked, verdict.tokens, verdict.kept, verdict.path, logprobs, finite)
+        return Committed(picked, verdict.tokens, verdict.kept, verdict.path, *said)
 
     def _verify_batch(self, chosen: Sequence[Step], tree: Tree, context: Tensor) -> Batch:
         ends = [s.cached + 1 + (len(s.draft.tokens) if s.draft else 0) for s in chosen]
@@ -179,9 +226,21 @@ class Engine:
             longest=max(ends),
         )
 
-    def _judge(self, chosen: Sequence[Step], tree: Tree, logits: Tensor, rows: Tensor) -> Verdict:
-        """Apply each row's own rule; rows of one rule are judged together."""
+    def _judge(self, chosen: Sequence[Step], tree: Tree, verified: Verified, rows: Tensor) -> tuple[Verdict, Report]:
+        """Apply each row's own rule."""
         rules = [self.rows.params[s.row].rule for s in chosen]
+        if set(rules) == {Rule.COUPLED}:
+            sampling = self.rows.sampling([s.row for s in chosen])
+            seen = self.rows.seen(rows, sampling)
+            below = None if seen is None else seen_tokens(seen, tree)
+            return judge_coupled(tree, verified, sampling, self.rows.cached[rows] + 1, below)
+        verdict = self._judge_rules(rules, chosen, tree, verified.logits, rows)
+        return verdict, report(tree, verdict, verified.logits)
+
+    def _judge_rules(
+        self, rules: Sequence[Rule], chosen: Sequence[Step], tree: Tree, logits: Tensor, rows: Tensor
+    ) -> Verdict:
+        """Rows of one rule are judged together."""
         if len(set(rules)) == 1:
             return self._judge_rule(rules[0], chosen, tree, logits, rows)
         shape = (len(chosen), tree.max_depth + 1)
@@ -210,12 +269,6 @@ class Engine:
         drafts = [s.draft for s in chosen]
         return DraftQ.from_drafts(drafts, tree.tokens.shape[1], self.info.vocab_size, self.device, held)
 
-    def _keep_path(self, batch: Batch, verdict: Verdict) -> None:
-        """Move the accepted nodes' keys and values next to the committed ones; the rest is forgotten."""
-        slots = batch.slots(self.cache.page_size, self.cache.pad_slot)
-        source, destination = compaction(verdict.path, verdict.kept, torch.zeros_like(verdict.kept))
-        self.cache.move(slots.gather(1, source).flatten(), slots.gather(1, destination).flatten())
-
     # catch up: the head over committed tokens with true features
 
     def _catch_up(self, chosen: Sequence[Step], rows: Tensor, true_rows: TrueRows, run: CatchUp) -> None:
@@ -233,10 +286,11 @@ class Engine:
 
     # propose
 
-    def _groups(self, steps: Sequence[Step]) -> list[list[int]]:
-        """Step indices that draft together: one shape, one way of drawing."""
+    def _groups(self, steps: Sequence[Step], picked: Sequence[int]) -> list[list[int]]:
+        """Indices of `picked` steps that draft together: one shape, one way of drawing."""
         groups: dict[tuple[DraftShape, bool], list[int]] = {}
-        for i, step in enumerate(steps):
+        for i in picked:
+            step = steps[i]
             if step.propose is not None and self.rows.speculate[step.row] and step.propose.depth > 0:
                 coupled = self.rows.params[step.row].rule is Rule.COUPLED
                 groups.setdefault((step.propose, coupled), []).append(i)
@@ -258,7 +312,10 @@ class Engine:
         )
         shape = chosen[0].propose
         assert shape is not None
-        return self._number(self.passes.draft(start, shape), picked, index)
+        drafted = self._number(self.passes.draft(start, shape), picked, index)
+        if self.rounds and drafted.q is None:
+            self.rounds.hold(index, self._ints(index), shape, drafted)
+        return drafted
 
     def _longest(self, context: Tensor, chosen: Sequence[Step]) -> int:
         """A bound on the cached length after this step's commits; exact where looking costs nothing."""
@@ -267,21 +324,11 @@ class Engine:
         return max(s.cached + len(s.feed.tokens if s.feed else s.draft.tokens if s.draft else ()) + 1 for s in chosen)
 
     def _number(self, drafted: drafting.Drafted, picked: Sequence[int], rows: Sequence[int]) -> drafting.Drafted:
-        ids = []
+        ids = [self._next_draft() for _ in rows]
         for i, row in enumerate(rows):
-            self._drafts += 1
-            ids.append(self._drafts)
-            self.rows.keep_q(row, self._drafts, None if drafted.q is None else drafted.q[i])
+            self.rows.keep_q(row, ids[i], None if drafted.q is None else drafted.q[i])
         return drafted._replace(steps=picked, ids=ids)
 
-
-def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p [R, D] of tokens [R, D] under raw logits [R, D, V]: before temperature and filters."""
-    chosen = logits.gather(-1, tokens[..., None])[..., 0]
-    return chosen.float() - logits.float().logsumexp(-1)
-
-
-def _committed_batch(batch: Batch, tokens: Tensor, kept: Tensor) -> Batch:
-    """The head's pass over an accepted path of `kept` [R] of `tokens` [R, D]."""
-    positions = causal_positions(batch.context, tokens.shape[1])
-    return batch._replace(tokens=tokens, positions=positions, counts=kept, ancestors=None)
+    def _next_draft(self) -> int:
+        self._drafts += 1
+        return self._drafts

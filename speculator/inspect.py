@@ -135,7 +135,7 @@ class Verdict(Enum):
 
     FITS = "fits"  # clearly better than every alternative
     BETTER = "clearly better elsewhere"
-    UNDECIDED = "undecided"
+    UNDECIDED = "undecided, more prompts may tell"
     NO_EFFECT = "no effect"  # every alternative drafts the same
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,20 +17,35 @@ from graphs.errors import GraphError
 from graphs.memory import NO_GRAPHS, CacheSizeError, GraphEstimate, Reading, compare, cuda_meter, difference
 from graphs.recorder import CudaRecorder, Recorder
 from graphs.tape import TapeRecorder
+from speculator.arithmetic import choose_arithmetic
+from speculator.chains import WHY as TREES_REFUSED
+from speculator.chains import is_tree
 from speculator.config import Config
+from speculator.costs import CostTable, measure_costs, read_costs, save_costs
+from speculator.drafts import fitted
 from speculator.engine import Engine
 from speculator.errors import CheckpointError, ConfigError
 from speculator.heads.base import DraftHead
 from speculator.heads.load import load_head
 from speculator.passes import EagerPasses
+from speculator.policy import DepthPolicy, menu
+from speculator.ranks.engine import LeadEngine
+from speculator.ranks.team import Team
 from speculator.recorded import RecordedPasses, Sizes
+from speculator.recurrent import state_bytes, state_cache
+from speculator.round import Rounds
+from speculator.sampling import gumbel_of
 from speculator.sizing import Load, Sized, cache_groups, measure
-from speculator.types import EngineInfo
+from speculator.types import DraftShape, EngineInfo
 from target.cache import PagedCache, bytes_per_token
 from target.decoder import Decoder
 from target.errors import CheckpointError as TargetCheckpointError
 from target.errors import PlanError
+from target.fused import fuse_where_possible
 from target.load import load_target as read_target
+from target.parallel import ALONE, Axis, ParallelDecoder
+from target.readout import choose_readers
+from target.states import StateCache
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # what is loaded, tensors done, tensors in all
@@ -39,51 +54,98 @@ CPU_CACHE_BYTES = 2 << 30
 SCRATCH_TOKENS = 64 + 16 + 17  # an expansion of the deepest tree after the longest accepted path
 
 
-def load_engine(config: Config, progress: Progress | None = None) -> Engine:
-    """Load target and head by path; CheckpointError or ConfigError say in one sentence what is wrong."""
-    device = resolve_device(config.model.device)
+def load_engine(config: Config, progress: Progress | None = None, team: Team | None = None) -> Engine:
+    """Load target and head by path; CheckpointError or ConfigError say in one sentence what is wrong.
+
+    With a `team` of ranks every one of them calls this, and gets an engine over its own shard.
+    """
+    device = team.device if team else resolve_device(config.model.device)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
 
     def build() -> tuple[Decoder, DraftHead | None]:
-        target = load_target(config, device, progress)
+        target = load_target(config, device, progress, team.mesh.tensor if team else ALONE)
         return target, _load_head(config, target, device, progress)
 
-    return build_engine(config, device, build, progress)
+    return build_engine(config, device, build, progress, team)
 
 
 Build = Callable[[], tuple[Decoder, DraftHead | None]]
 
 
-def build_engine(config: Config, device: torch.device, build: Build, progress: Progress | None = None) -> Engine:
+def build_engine(
+    config: Config, device: torch.device, build: Build, progress: Progress | None = None, team: Team | None = None
+) -> Engine:
     """An engine around the models that `build` puts on the device: cache sized, passes recorded."""
     config = with_page_size(config, device)
     before = cuda_meter(device)() if device.type == "cuda" else None
     target, head = build()
-    if target.config.delta is not None:
-        raise ConfigError("targets with recurrent layers (Qwen3-Next, Qwen3.5) load, but cannot be served yet")
+    if isinstance(target, ParallelDecoder):
+        target.noise = gumbel_of
+    choose_arithmetic(config, target, head, device, graph_mode(config, device))
+    _fuse(device, target, head)
+    if target.state_layers and is_tree(config.draft.shape):
+        raise ConfigError(f"draft.branching {config.draft.branching}: {TREES_REFUSED}; set draft.branching to 1")
+    states = _states(config, target)
     mode, sizes = graph_mode(config, device), graph_sizes(config, target)
-    sized = _measured(target, head, _load(config, sizes, mode), before) if before else None
-    info = engine_info(config, target, head, sized.plan.pages if sized else _cpu_pages(config, target, head))
+    sized = _measured(target, head, _load(config, target, sizes, mode), before, states) if before else None
+    pages = sized.plan.pages if sized else _cpu_pages(config, target, head)
+    info = engine_info(config, target, head, team.smallest(pages, "pages of the KV cache") if team else pages)
     dtype = next(target.parameters()).dtype
     cache = PagedCache(cache_groups(target, head), info.total_pages, info.page_size, dtype, device)
     log.info("KV cache: %d pages of %d tokens, %.1f MiB", cache.pages, cache.page_size, cache.bytes / 2**20)
-    engine = _engine(info, target, head, cache)
+    engine = _engine(info, target, head, cache, states, team)
     if mode != "off":
-        record_passes(engine, sizes, sized.graphs if sized else NO_GRAPHS, progress)
+        depths = config.graphs.round_depths if mode == "round" else None
+        record_passes(engine, sizes, sized.graphs if sized else NO_GRAPHS, progress, depths, team)
     return engine
 
 
-def _measured(target: Decoder, head: DraftHead | None, load: Load, before: Reading) -> Sized:
+def _fuse(device: torch.device, target: Decoder, head: DraftHead | None) -> None:
     try:
-        return measure(target, head, load, before)
+        taken = fuse_where_possible(device, target, head)
+        choose_readers(device, target, head)
+    except PlanError as error:
+        raise ConfigError(str(error)) from None
+    if taken:
+        log.info("%d modules of the layers run on fused kernels", taken)
+
+
+def _states(config: Config, target: Decoder) -> StateCache | None:
+    """A slot for every session that may be open, taken before the KV cache is sized; None without recurrent layers."""
+    rows = config.engine.max_sessions
+    try:
+        states = state_cache(target, rows)
+    except RuntimeError as error:
+        size = state_bytes(target, rows) / 2**30
+        text = f"the recurrent states of {rows} sessions take {size:.2f} GiB, which cannot be had"
+        raise ConfigError(f"{text}: lower engine.max_sessions ({str(error).splitlines()[0]})") from None
+    if states is not None:
+        log.info("recurrent states: %d slots, %.1f MiB", states.slots, states.bytes / 2**20)
+    return states
+
+
+def _measured(
+    target: Decoder, head: DraftHead | None, load: Load, before: Reading, states: StateCache | None = None
+) -> Sized:
+    try:
+        return measure(target, head, load, before, states)
     except (CacheSizeError, PlanError) as error:
         raise ConfigError(str(error)) from None
 
 
-def _engine(info: EngineInfo, target: Decoder, head: DraftHead | None, cache: PagedCache) -> Engine:
+def _engine(
+    info: EngineInfo,
+    target: Decoder,
+    head: DraftHead | None,
+    cache: PagedCache,
+    states: StateCache | None = None,
+    team: Team | None = None,
+) -> Engine:
     try:
-        return Engine(info, target, head, cache)
+        if team is not None and team.rank == 0:
+            return LeadEngine(team.channel, team.lost, team.pulse, info, target, head, cache, states=states)
+        return Engine(info, target, head, cache, states=states)
     except PlanError as error:  # an attention backend that cannot run here
         raise ConfigError(str(error)) from None
 
@@ -95,7 +157,10 @@ def with_page_size(config: Config, device: torch.device) -> Config:
 
 
 def graph_mode(config: Config, device: torch.device) -> str:
-    """`auto` records where launching costs more than computing: on a GPU."""
+    """`auto` records where launching costs more than computing: on a GPU.
+
+    Whole rounds have to be asked for until their tests have passed on a device.
+    """
     if config.graphs.mode != "auto":
         return config.graphs.mode
     return "piecewise" if device.type == "cuda" else "off"
@@ -114,18 +179,28 @@ def graph_sizes(config: Config, target: Decoder) -> Sizes:
     )
 
 
-def record_passes(engine: Engine, sizes: Sizes, estimate: GraphEstimate, progress: Progress | None = None) -> None:
-    """Capture every shape of every pass; where that fails, the engine runs eager and says why."""
+def record_passes(
+    engine: Engine,
+    sizes: Sizes,
+    estimate: GraphEstimate,
+    progress: Progress | None = None,
+    depths: Sequence[int] | None = None,
+    team: Team | None = None,
+) -> None:
+    """Capture every shape of every pass, and whole rounds too where `depths` says which shorter chains they draft.
+
+    Where that fails, the engine runs eager and says why.
+    """
     assert isinstance(engine.passes, EagerPasses)
     cuda = engine.device.type == "cuda"
     recorder: Recorder = CudaRecorder(engine.device) if cuda else TapeRecorder()
     meter = cuda_meter(engine.device) if cuda else None
     passes = RecordedPasses(engine.passes, recorder, sizes, engine.device)
     before = meter() if meter else None
-    try:
-        passes.capture(progress)
-    except GraphError as error:
-        log.error("passes run eager, graphs could not be captured: %s", error)
+    if why := _captured(passes.capture, progress, team):
+        log.error("passes run eager, graphs could not be captured: %s", why)
+    if depths is not None:
+        record_rounds(engine, engine.passes, recorder, sizes, depths, progress, team)
     engine.passes = passes
     graphs = sum(len(manager.graphs) for manager in passes.managers)
     log.info("%d graphs captured in %.1f s", graphs, passes.capture_seconds)
@@ -133,9 +208,99 @@ def record_passes(engine: Engine, sizes: Sizes, estimate: GraphEstimate, progres
         compare(estimate, difference(before, meter()).taken)
 
 
-def _load(config: Config, sizes: Sizes, mode: str) -> Load:
+def record_rounds(
+    engine: Engine,
+    eager: EagerPasses,
+    recorder: Recorder,
+    sizes: Sizes,
+    depths: Sequence[int],
+    progress: Progress | None = None,
+    team: Team | None = None,
+) -> None:
+    """Capture whole rounds over the engine's rows; where that fails, they run pass by pass and say why."""
+    rounds = Rounds(eager, recorder, sizes, engine.cache, engine.rows, engine.lookback, depths)
+    engine.rounds = rounds
+    if eager.states is not None:
+        return  # each round is then counted with this reason
+    if why := _captured(rounds.capture, progress, team):
+        log.error("rounds run pass by pass, their graphs could not be captured: %s", why)
+    log.info("%d whole rounds captured in %.1f s", len(rounds.manager.graphs), rounds.capture_seconds)
+
+
+def _captured(capture: Callable[[Progress | None], None], progress: Progress | None, team: Team | None) -> str:
+    """Why nothing was captured, "" where all was; over several ranks on all of them or on none."""
+
+    def told(vote: Progress) -> None:
+        def tick(what: str, done: int, total: int) -> None:
+            vote(what, done, total)
+            if progress:
+                progress(what, done, total)
+
+        capture(tick)
+
+    if team is not None:
+        return team.capture(told)
+    try:
+        capture(progress)
+    except GraphError as error:
+        return str(error)
+    return ""
+
+
+def _load(config: Config, target: Decoder, sizes: Sizes, mode: str) -> Load:
     engine = config.engine
-    return Load(sizes, engine.max_sessions, engine.prefill_chunk, mode != "off", engine.memory_share)
+    rounds = mode == "round" and target.config.delta is None
+    return Load(sizes, engine.max_sessions, engine.prefill_chunk, mode != "off", rounds, engine.memory_share)
+
+
+def depth_policy(config: Config, engine: Engine) -> DepthPolicy | None:
+    """The policy over what rounds cost on this engine, which must serve nobody yet; None where there is none to be.
+
+    ConfigError for a cost table that cannot be read or written, or is of other models.
+    """
+    chosen, shape = config.policy, fitted(config.draft.shape, engine.info)
+    known = bool(chosen.costs) or _measures(config, engine.device)
+    if chosen.mode == "off" or engine.head is None or not shape.depth or not known:
+        return None
+    shapes = menu(shape, _recorded_depths(config, engine))
+    try:
+        costs = _costs(config, engine, shapes)
+    except ConfigError as error:
+        if chosen.measure == "on" or chosen.costs:
+            raise
+        log.warning("drafts are always as deep as configured: %s", error.message)
+        return None
+    log.info("drafts by cost: %s", ", ".join(f"depth {s.depth} {costs.seconds(1, s, 0) * 1e3:.2f} ms" for s in shapes))
+    return DepthPolicy(shapes, costs)
+
+
+def _measures(config: Config, device: torch.device) -> bool:
+    """`auto` measures where a round is short enough to be timed often: on a GPU."""
+    return config.policy.measure == "on" or (config.policy.measure == "auto" and device.type == "cuda")
+
+
+def _recorded_depths(config: Config, engine: Engine) -> tuple[int, ...] | None:
+    """Depths of chains that have graphs of their own; None where every draft runs at its own size."""
+    if engine.rounds is not None:
+        return config.graphs.round_depths
+    return None if graph_mode(config, engine.device) == "off" or config.draft.shape.is_chain else ()
+
+
+def _costs(config: Config, engine: Engine, shapes: Sequence[DraftShape]) -> CostTable:
+    """From the file that the configuration names if it is there, else measured, and written there."""
+    info, path = engine.info, Path(config.policy.costs)
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else engine.device.type
+    subject = {"target": info.target_model, "head": info.draft_model, "device": device}
+    subject["graphs"] = graph_mode(config, engine.device)
+    if config.policy.costs and path.exists():
+        return read_costs(path, subject)
+    if config.policy.measure == "off":
+        raise ConfigError(f"The cost table {path} is not there, and policy.measure is off.")
+    with engine.recurrent.anywhere():
+        costs = measure_costs(engine, shapes, subject, seconds=config.policy.measure_seconds)
+    if config.policy.costs:
+        save_costs(costs, path)
+    return costs
 
 
 def resolve_device(name: str) -> torch.device:
@@ -148,7 +313,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_target(config: Config, device: torch.device, progress: Progress | None = None) -> Decoder:
+def load_target(config: Config, device: torch.device, progress: Progress | None = None, axis: Axis = ALONE) -> Decoder:
     """The target in the dtype that `model.dtype` names; `auto` is float32 on a CPU, as stored on a GPU."""
     if not config.model.target:
         raise ConfigError("model.target is empty: name the folder of the target model")
@@ -156,9 +321,11 @@ def load_target(config: Config, device: torch.device, progress: Progress | None 
     try:
         dtype = _dtype(config.model.dtype, folder, device)
         tick = (lambda done, total: progress("target", done, total)) if progress else None
-        return read_target(folder, dtype, device, tick)
+        return read_target(folder, dtype, device, tick, axis)
     except TargetCheckpointError as error:
         raise CheckpointError(str(error)) from None
+    except PlanError as error:  # ranks that do not divide it
+        raise ConfigError(str(error)) from None
 
 
 def _dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
@@ -175,7 +342,8 @@ def _load_head(config: Config, target: Decoder, device: torch.device, progress: 
         return None
     dtype = next(target.parameters()).dtype
     tick = (lambda done, total: progress("head", done, total)) if progress else None
-    return load_head(_head_folder(config), target, dtype, device, config.model.head_overrides, tick)
+    shard = config.parallel.head == "shard"
+    return load_head(_head_folder(config), target, dtype, device, config.model.head_overrides, tick, shard=shard)
 
 
 def _head_folder(config: Config) -> Path:
@@ -190,7 +358,7 @@ def engine_info(config: Config, target: Decoder, head: DraftHead | None, pages: 
     wanted = config.engine.kv_tokens or config.engine.max_sessions * (context + SCRATCH_TOKENS + page)
     if config.engine.kv_tokens > pages * page:
         log.warning("engine.kv_tokens asks for %d tokens, memory holds %d", config.engine.kv_tokens, pages * page)
-    return EngineInfo(
+    info = EngineInfo(
         target_model=config.model.served_name or Path(config.model.target).resolve().name,
         draft_model=_head_folder(config).resolve().name if head else "",
         draft_method=head.record.kind if head else "none",
@@ -204,13 +372,16 @@ def engine_info(config: Config, target: Decoder, head: DraftHead | None, pages: 
         prefill_chunk=config.engine.prefill_chunk,
         default_shape=config.draft.shape,
         default_rule=config.sampling.rule,
+        tensor_parallel=config.parallel.tensor,
     )
+    return replace(info, max_branching=1) if target.state_layers else info
 
 
 def _cpu_pages(config: Config, target: Decoder, head: DraftHead | None) -> int:
     """What a fixed budget holds, or the tokens that were asked for."""
     each = bytes_per_token(cache_groups(target, head), next(target.parameters()).dtype)
-    tokens = max(CPU_CACHE_BYTES // each, config.engine.kv_tokens)
+    left = CPU_CACHE_BYTES - state_bytes(target, config.engine.max_sessions)
+    tokens = max(left // each, config.engine.kv_tokens, config.engine.page_size)
     return -(-tokens // config.engine.page_size) + 1
 
 

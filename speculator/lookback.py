@@ -97,7 +97,7 @@ def module_step(
     hidden = head.stage(level - 1).recycle(gather_rows(above[:, -count:], index))
     fed = torch.cat(list(tokens[-count:]), dim=1).gather(1, index)
     context = first + skipped
-    batch = Batch(fed, causal_positions(context, count), context, count - skipped, start.pages)
+    batch = Batch(fed, causal_positions(context, count), context, (count - skipped) * start.live, start.pages)
     stored = 0 if start.static else max(0, level - head.lookback)
     batch = batch._replace(longest=start.longest + stored, static=start.static)
     outputs = head.stage(level)(hidden, fed, batch.positions, bind(attention, batch))

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from speculator.core import DrafterCore
+from speculator.costs import size
 from speculator.totals import BINS, Histogram
 from speculator.watch import AcceptanceWatch
 
@@ -41,6 +42,7 @@ class ServiceMetrics(Collector):
         yield from self._histograms()
         yield from self._held()
         yield from self._passes()
+        yield from self._given()
         if self._watch is not None:
             yield from _drift(self._watch)
 
@@ -99,6 +101,16 @@ class ServiceMetrics(Collector):
             for how, count in zip(("replayed", "eager"), counts, strict=True):
                 passes.add_metric([name, how], count)
         yield passes
+
+    def _given(self) -> Iterator[Metric]:
+        given = CounterMetricFamily(
+            "speculator_policy_drafts",
+            "Drafts that the depth policy asked for, by their levels and drafted nodes.",
+            labels=["depth", "nodes"],
+        )
+        for shape, count in self._core.drafts_given().items():
+            given.add_metric([str(shape.depth), str(size(shape)[0])], count)
+        yield given
 
 
 def _drift(watch: AcceptanceWatch) -> Iterator[Metric]:

@@ -6,6 +6,8 @@ is the oracle of the recorded passes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,19 +16,37 @@ from torch import Tensor
 from speculator import drafting
 from speculator.drafting import Drafted, Start
 from speculator.heads.base import DraftHead
+from speculator.readout import Read, unread
 from speculator.types import DraftShape
 from target.attention.base import Attention, bind
 from target.attention.choose import attention_for, grouped_attention
 from target.batch import Batch
 from target.cache import PagedCache
 from target.model import Hidden, Target
+from target.products import in_fixed_order
+from target.readout import Asked, Readout
+from target.states import StateCache, StatePass, bind_hybrid
 
 
-class Verified(NamedTuple):
-    """What the target says about a batch of drafts."""
+class Verified:
+    """What the target says about a batch of R drafts of T nodes: features [R, T, F] for the head, and its logits.
 
-    features: Tensor  # [R, T, F] what the head reads
-    logits: Tensor  # [R, T, V]
+    Logits are written when they are first asked for; until then questions about them are `read` from the weights.
+    """
+
+    def __init__(self, features: Tensor, logits: Tensor | Callable[[], Tensor], read: Read = unread) -> None:
+        self.features, self._logits, self._read = features, logits, read
+
+    @property
+    def logits(self) -> Tensor:
+        """[R, T, V]"""
+        if not isinstance(self._logits, Tensor):
+            self._logits = self._logits()
+        return self._logits
+
+    def read(self, asked: Asked) -> Readout | None:
+        """About R * T rows; None where logits are written already, or have to be."""
+        return None if isinstance(self._logits, Tensor) else self._read(asked)
 
 
 class Fed(NamedTuple):
@@ -55,13 +75,29 @@ class Passes(Protocol):
         """Replayed and eager passes by name, where passes are recorded."""
 
 
+class StatePasses(Passes, Protocol):
+    """Passes that run a target with recurrent layers too, over `states`."""
+
+    def feed(self, batch: Batch, states: StatePass | None = None) -> Fed: ...
+
+    def verify(self, batch: Batch, states: StatePass | None = None) -> Verified: ...
+
+
 class EagerPasses:
-    """Runs every pass at its own size. `head_attention` may differ from the target's, over the same cache."""
+    """Runs every pass at its own size. `head_attention` may differ from the target's, over the same cache.
+
+    `states` are those of a hybrid's sessions, which passes that are recorded read.
+    """
 
     def __init__(
-        self, model: Target, head: DraftHead | None, attention: Attention[Any], head_attention: Attention[Any]
+        self,
+        model: Target,
+        head: DraftHead | None,
+        attention: Attention[Any],
+        head_attention: Attention[Any],
+        states: StateCache | None = None,
     ) -> None:
-        self.model, self.head = model, head
+        self.model, self.head, self.states = model, head, states
         self.attention, self.head_attention = attention, head_attention
 
     def target(self, tokens: Tensor, positions: Tensor, attend: Any) -> Hidden:
@@ -74,12 +110,16 @@ class EagerPasses:
     def features(self, hidden: Hidden) -> Tensor:
         return self.head.features(hidden) if self.head else hidden.final
 
-    def feed(self, batch: Batch) -> Fed:
-        return self.fed(batch.tokens, batch.positions, bind(self.attention, batch))
+    def feed(self, batch: Batch, states: StatePass | None = None) -> Fed:
+        return self.fed(batch.tokens, batch.positions, bind_target(self.attention, batch, states))
 
-    def verify(self, batch: Batch) -> Verified:
-        hidden = self.target(batch.tokens, batch.positions, bind(self.attention, batch))
-        return Verified(self.features(hidden), self.model.logits(hidden.final))
+    def verify(self, batch: Batch, states: StatePass | None = None) -> Verified:
+        hidden = self.target(batch.tokens, batch.positions, bind_target(self.attention, batch, states))
+        return self.verified(hidden)
+
+    def verified(self, hidden: Hidden) -> Verified:
+        final = hidden.final
+        return Verified(self.features(hidden), partial(self.model.logits, final), partial(self.model.read, final))
 
     def feed_head(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
         return self.catch_up(batch, features, following)
@@ -99,11 +139,22 @@ class EagerPasses:
         return {}
 
 
-def eager_passes(model: Target, head: DraftHead | None, cache: PagedCache) -> EagerPasses:
-    """On the backends that the layers of target and head need over `cache`."""
+def bind_target(attention: Attention[Any], batch: Batch, states: StatePass | None) -> Any:
+    """What the target's layers call; those of a hybrid read `states` too."""
+    return bind(attention, batch) if states is None else bind_hybrid(attention, batch, states)
+
+
+def eager_passes(
+    model: Target, head: DraftHead | None, cache: PagedCache, states: StateCache | None = None
+) -> EagerPasses:
+    """On the backends that the layers of target and head need over `cache`; in fixed order where the target's are."""
+    if in_fixed_order(model):
+        from speculator.fixed_passes import fixed_passes  # it builds on this module
+
+        return fixed_passes(model, head, cache)
     attention = attention_for(model.config, cache)
     alike = head is None or head.latent == (model.config.mla is not None)
-    return EagerPasses(model, head, attention, attention if alike else grouped_attention(cache))
+    return EagerPasses(model, head, attention, attention if alike else grouped_attention(cache), states)
 
 
 def rows_of(batch: Batch, index: Tensor) -> Batch:

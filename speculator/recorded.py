@@ -6,6 +6,7 @@ rules or verdicts. Eager passes are the fallback and the oracle.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -32,11 +33,17 @@ from speculator.sampling import RowSampling
 from speculator.types import DraftShape
 from target.attention.base import bind
 from target.batch import Batch
+from target.deltanet import HybridAttend
 from target.model import Hidden
+from target.states import StatePass
 
 Progress = Callable[[str, int, int], None]  # which pass, shapes done, shapes in all
 Buffers = Mapping[str, Tensor]
+Kept = list[tuple[Tensor | None, ...]]  # of a StatePass
 
+log = logging.getLogger(__name__)
+
+NO_STATES = "a target with recurrent layers cannot be warmed up before its states exist"
 CHAIN, TREE = ("chain",), ("tree",)
 MOST_TOKENS = 1024  # rows times queries of a recorded pass: above it a pass is bound by arithmetic, not by launches
 
@@ -88,7 +95,13 @@ class RecordedPasses:
 
     @torch.inference_mode()
     def capture(self, progress: Progress | None = None) -> None:
-        """Warm up and record every shape of every pass; CaptureError says which failed and why."""
+        """Warm up and record every shape of every pass; CaptureError says which failed and why.
+
+        A hybrid without states captures nothing, and says so once.
+        """
+        if self.eager.model.config.delta is not None and self.eager.states is None:
+            log.warning("passes run eager: %s", NO_STATES)
+            return
         begin = time.perf_counter()
         for manager in self.managers:
             manager.warm_up()
@@ -136,9 +149,13 @@ class RecordedPasses:
         return PiecewiseManager(name, self.recorder if most else None, ladder, forward, inputs, attend)
 
     def _feed_manager(self) -> PiecewiseManager:
-        return self._prompts(
-            "prompt", self.sizes.prompt_tokens, self._feed_body, self._token_inputs, self.eager.attention
-        )
+        """Segments hold tokens of any rows, and a state is a row's: prompts of a hybrid are not cut."""
+        hybrid = self.eager.model.config.delta is not None
+        most = 0 if hybrid else self.sizes.prompt_tokens
+        manager = self._prompts("prompt", most, self._feed_body, self._token_inputs, self.eager.attention)
+        if hybrid:
+            manager.reason = "prompts of a target with recurrent layers are not cut into segments"
+        return manager
 
     def _token_inputs(self, shape: GraphShape) -> Buffers:
         zeros = self._zeros(shape)
@@ -147,10 +164,10 @@ class RecordedPasses:
     def _feed_body(self, inputs: Buffers, attend: Any) -> Fed:
         return self.eager.fed(inputs["tokens"], inputs["positions"], attend)
 
-    def feed(self, batch: Batch) -> Fed:
+    def feed(self, batch: Batch, states: StatePass | None = None) -> Fed:
         graph = self.feeding.pick(batch.tokens.numel())
         if graph is None:
-            return self.eager.feed(batch)
+            return self.eager.feed(batch, states)
         graph.load({"tokens": batch.tokens.view(1, -1), "positions": batch.positions.view(1, -1)})
         fed = graph.replay(self._attend_rows(self.eager.attention, batch, graph))
         return Fed(*(_unflat(t, batch) for t in fed))
@@ -187,23 +204,36 @@ class RecordedPasses:
         if not sizes.shape.is_chain:
             shapes += self._ladder(sizes.shape.nodes + 1, TREE)
         build = partial(self._state, self.eager.attention)
-        return TargetVerifyGraphManager(self.recorder, Ladder(shapes), self._verify_body, build, _no_inputs)
+        inputs = _no_inputs if self.eager.states is None else self._slots
+        return TargetVerifyGraphManager(self.recorder, Ladder(shapes), self._verify_body, build, inputs)
 
-    def _verify_body(self, state: AttentionState, inputs: Buffers) -> Hidden:
+    def _slots(self, shape: GraphShape) -> Buffers:
+        return {"slots": torch.zeros(shape.rows, dtype=torch.int64, device=self.device)}
+
+    def _verify_body(self, state: AttentionState, inputs: Buffers) -> tuple[Hidden, Kept]:
+        """Hidden states, and what recurrent layers keep until the verdict is known."""
         eager = self.eager
-        attend = partial(eager.attention.run, state.plan)
-        return eager.target(state.buffers["tokens"], state.buffers["positions"], attend)
+        attend: Any = partial(eager.attention.run, state.plan)
+        states = None if eager.states is None else StatePass(eager.states, inputs["slots"])
+        if states is not None:
+            attend = HybridAttend(attend, states.recur)
+        hidden = eager.target(state.buffers["tokens"], state.buffers["positions"], attend)
+        return hidden, states.kept if states is not None else []
 
-    def verify(self, batch: Batch) -> Verified:
+    def verify(self, batch: Batch, states: StatePass | None = None) -> Verified:
         rows, queries = batch.tokens.shape
         graph = self.verifying.pick(rows, queries, CHAIN if batch.ancestors is None else TREE)
         if graph is None:
-            return self.eager.verify(batch)
+            return self.eager.verify(batch, states)
         graph.state.refresh(self._values(batch))
-        hidden: Hidden = graph.replay()
+        if states is not None:
+            graph.load({"slots": states.slots})
+        hidden, kept = graph.replay()
+        if states is not None:
+            states.adopt(kept)
         final = hidden.final[:rows, :queries]
         taps = tuple(tap[:rows, :queries] for tap in hidden.taps)
-        return Verified(self.eager.features(Hidden(final, taps)), self.eager.model.logits(final))
+        return self.eager.verified(Hidden(final, taps))
 
     # catch up
 

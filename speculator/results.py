@@ -13,6 +13,7 @@ from torch import Tensor
 
 from speculator.drafting import Drafted
 from speculator.errors import NumericalError
+from speculator.round_result import Flight
 from speculator.types import Draft, Step, StepResult
 
 
@@ -27,26 +28,56 @@ class Committed(NamedTuple):
     finite: Tensor  # [R] bool
 
 
-def collect(steps: Sequence[Step], committed: Sequence[Committed], drafted: Sequence[Drafted]) -> list[StepResult]:
-    """The one transfer: read every result back and hand out plain values."""
+def collect(
+    steps: Sequence[Step], committed: Sequence[Committed], drafted: Sequence[Drafted], flight: Flight | None = None
+) -> list[StepResult]:
+    """The one transfer: read every result back and hand out plain values. A recorded round brings its own."""
     device = [t for c in committed for t in (c.tokens, c.kept, c.path, c.logprobs, c.finite)]
     device += [t for d in drafted for t in (d.tokens, d.parents, d.logprobs)]
     host = iter(_download(device))
     results = [StepResult() for _ in steps]
     for part in committed:
-        tokens, kept, path, logprobs, finite = (next(host) for _ in range(5))
-        if not all(finite):
-            raise NumericalError("the target produced NaN or infinite values; nothing was committed")
-        for row, i in enumerate(part.steps):
-            n = kept[row]
-            nodes = tuple(node - 1 for node in path[row][1:n])
-            results[i] = StepResult(tuple(tokens[row][:n]), tuple(logprobs[row][:n]), nodes)
+        _commit(results, part.steps, *(next(host) for _ in range(5)))
     for draft in drafted:
-        tokens, parents, logprobs = (next(host) for _ in range(3))
-        for row, i in enumerate(draft.steps):
-            made = Draft(tuple(tokens[row]), tuple(parents[row]), tuple(logprobs[row]), draft_id=draft.ids[row])
-            results[i] = results[i]._replace(draft=made)
+        _offer(results, draft.steps, draft.ids, None, *(next(host) for _ in range(3)))
+    if flight is not None:
+        _land(results, flight)
     return results
+
+
+def _land(results: list[StepResult], flight: Flight) -> None:
+    columns, outcome = flight.land(), flight.outcome
+    _commit(results, outcome.steps, *columns[:5])
+    if len(columns) > 5:
+        _offer(results, outcome.steps, outcome.ids, outcome.wants, *columns[5:])
+
+
+def _commit(
+    results: list[StepResult], steps: Sequence[int], tokens: Any, kept: Any, path: Any, logprobs: Any, finite: Any
+) -> None:
+    if not all(finite):
+        raise NumericalError("the target produced NaN or infinite values; nothing was committed")
+    for row, i in enumerate(steps):
+        n = kept[row]
+        nodes = tuple(node - 1 for node in path[row][1:n])
+        results[i] = StepResult(tuple(tokens[row][:n]), tuple(logprobs[row][:n]), nodes)
+
+
+def _offer(
+    results: list[StepResult],
+    steps: Sequence[int],
+    ids: Sequence[int],
+    wants: Sequence[int] | None,
+    tokens: Any,
+    parents: Any,
+    logprobs: Any,
+) -> None:
+    """Add drafts to results; of each row the first of `wants` nodes, all of them for None."""
+    for row, i in enumerate(steps):
+        n = len(tokens[row]) if wants is None else wants[row]
+        if n and (wants is None or results[i].tokens):  # a round does nothing for a sequence that has ended
+            made, above, logq = (tuple(values[row][:n]) for values in (tokens, parents, logprobs))
+            results[i] = results[i]._replace(draft=Draft(made, above, logq, draft_id=ids[row]))
 
 
 def _download(tensors: Sequence[Tensor]) -> list[list[Any]]:

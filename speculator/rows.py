@@ -16,13 +16,17 @@ from speculator.types import SamplingParams
 
 
 class Rows:
-    """State of `count` rows. `output` are the newest true outputs of the head's modules, from which drafts start."""
+    """State of `count` rows. `output` are the newest true outputs of the head's modules, from which drafts start.
+
+    `root` are the last committed tokens, kept by recorded rounds alone.
+    """
 
     def __init__(
         self, count: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device, modules: int = 1
     ) -> None:
-        self.device, self.vocab = device, vocab
+        self.device, self.vocab, self.count = device, vocab, count
         self.cached = torch.zeros(count, dtype=torch.int64, device=device)
+        self.root = torch.zeros(count, dtype=torch.int64, device=device)
         self.output = torch.zeros(count, modules, width, dtype=dtype, device=device)
         self.params: list[SamplingParams] = [SamplingParams()] * count
         self.speculate = [False] * count

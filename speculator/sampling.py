@@ -81,9 +81,12 @@ class RowSampling(NamedTuple):
 
 def upload(values: Tensor, device: torch.device | str) -> Tensor:
     """Copy a host tensor to `device` without making the host wait for it."""
-    if torch.device(device).type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    return pinned(values, device).to(device, non_blocking=True)
+
+
+def pinned(values: Tensor, device: torch.device | str) -> Tensor:
+    """A host tensor that copies to `device` without making the host wait."""
+    return values.pin_memory() if torch.device(device).type == "cuda" else values
 
 
 def scores(logits: Tensor, rows: RowSampling, seen: Tensor | None) -> Tensor:
@@ -164,15 +167,28 @@ def uniform(seed: Tensor, counter: Tensor, stream: Stream, ids: Tensor) -> Tenso
     A pure function of (`seed` [R], `counter` [R, T], `stream`, `ids` [K] or [R, T, K]), all int64. Every (seed,
     counter, stream) is one SplitMix64 sequence (Steele, Lea, Flood 2014), which `ids` index.
     """
-    key = _mix(seed[:, None] + counter * _COUNTER + _signed((int(stream) + 1) * _STREAM))
-    bits = _mix(key[..., None] + ids * _GOLDEN)
-    # 52 bits and a half: exact in float64 and symmetric about 1/2; 53 bits would round up to 1.
-    return (bits >> 12).bitwise_and_(_ones(52)).double().add_(0.5).mul_(2.0**-52)
+    return _uniform_of(noise_keys(seed, counter, stream), ids)
 
 
 def gumbel(seed: Tensor, counter: Tensor, stream: Stream, ids: Tensor) -> Tensor:
     """Standard Gumbel noise [R, T, K] float32, -log(-log(u)) of `uniform` with the same arguments; within (-4, 37)."""
-    return uniform(seed, counter, stream, ids).log_().neg_().float().log_().neg_()
+    return gumbel_of(noise_keys(seed, counter, stream), ids)
+
+
+def noise_keys(seed: Tensor, counter: Tensor, stream: Stream) -> Tensor:
+    """Key [R, T] int64 of the sequence that `uniform` and `gumbel` take their noise from; the same arguments."""
+    return _mix(seed[:, None] + counter * _COUNTER + _signed((int(stream) + 1) * _STREAM))
+
+
+def gumbel_of(keys: Tensor, ids: Tensor) -> Tensor:
+    """`gumbel` by key: keys [...] and ids [K], or [..., K], -> [..., K] float32."""
+    return _uniform_of(keys, ids).log_().neg_().float().log_().neg_()
+
+
+def _uniform_of(keys: Tensor, ids: Tensor) -> Tensor:
+    bits = _mix(keys[..., None] + ids * _GOLDEN)
+    # 52 bits and a half: exact in float64 and symmetric about 1/2; 53 bits would round up to 1.
+    return (bits >> 12).bitwise_and_(_ones(52)).double().add_(0.5).mul_(2.0**-52)
 
 
 def _signed(value: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Protocol
 
@@ -25,7 +25,9 @@ from speculator.answers import (
     Usage,
     Verified,
 )
-from speculator.drafts import ShapeRequest, capped, check_shape, fitted, validate
+from speculator.chains import check_chain, check_chain_shape
+from speculator.costs import size
+from speculator.drafts import KEEP, ShapeRequest, capped, check_shape, draft_depth, fitted, validate
 from speculator.errors import (
     DeadlineExceededError,
     EngineFailedError,
@@ -38,6 +40,7 @@ from speculator.errors import (
     SpeculatorError,
     StepCancelledError,
 )
+from speculator.policy import NOTHING, DepthPolicy, Riders
 from speculator.pool import Pool
 from speculator.session import (
     Job,
@@ -57,6 +60,7 @@ from speculator.session import (
 )
 from speculator.totals import Totals
 from speculator.types import (
+    Bounds,
     Draft,
     DraftShape,
     EngineInfo,
@@ -85,12 +89,18 @@ class RowDevice(Protocol):
     def close(self, row: int) -> None: ...
 
 
+Going = tuple[Job, Session, Step]
+
+
 class Scheduler:
     """Admits work items, forms engine steps and commits their results.
 
     One thread calls `submit`, `cancel` and `delete` between steps, then `next_steps`, then `complete`; answers pile up
     in `take_answers`. Every step carries all waiting rounds and at most `info.prefill_chunk` prompt tokens, prompts in
     turn, so that long prompts do not starve rounds nor each other.
+
+    While a step is under way `next_steps` gives the round that follows it, if its sessions need nobody to go on; the
+    next `complete` is for the older step still. `credit` and `sweep` alone may be called then.
     """
 
     def __init__(
@@ -113,13 +123,19 @@ class Scheduler:
         self._free_rows = list(range(info.max_rows))
         self._ready: dict[Job, Session] = {}
         self._parked: dict[Job, Session] = {}
-        self._running: list[tuple[Job, Session, Step]] = []
+        self._running: list[Going | None] = []  # None: the session ended meanwhile
+        self._ahead: list[Going] = []
         self.now = clock()  # when the step at hand began, or ended
         self._times: list[tuple[int, StepTimes]] = []  # what `settle` has yet to count
         self._rounds: list[tuple[Session, Draft, int, int]] = []  # accepted tokens, levels that can have been judged
         self._items: list[tuple[Timing, int]] = []
         self._answers: list[tuple[Job, Answer | SpeculatorError]] = []
         self._finished: dict[str, None] = {}
+        self.policy: DepthPolicy | None = None
+
+    def steer(self, policy: DepthPolicy | None) -> None:
+        """From now on, for sessions opened from now on, `policy` picks the shapes that callers leave open."""
+        self.policy = policy
 
     # ---- what callers ask ----
 
@@ -191,9 +207,12 @@ class Scheduler:
 
     def next_steps(self) -> list[Step]:
         """One batch for the engine: at most one step a session, nothing for work items that came too late."""
+        if self._running:
+            return self._steps_ahead()
         if len(self._times) >= SETTLE:
             self.settle()
         self.now = now = self._clock()
+        self._choose(self._ready.items())
         budget = self.info.prefill_chunk
         steps: list[Step] = []
         for job, session in list(self._ready.items()):
@@ -215,15 +234,32 @@ class Scheduler:
         """Commits what the engine found for the steps of the last `next_steps`, in their order."""
         running, self._running = self._running, []
         self.now = self._clock()
-        self._times.append((len(running), times))
-        for (job, session, step), outcome in zip(running, outcomes, strict=True):
-            if isinstance(outcome, SpeculatorError):
-                self._abort(job, session, outcome)
-                continue
-            job.draft_time += times.draft
-            job.verify_time += times.feed + times.verify
-            if step.feed is None or self._fed(job, session, step.feed):
-                self._commit(job, session, step, outcome, len(running))
+        batch = sum(going is not None for going in running)
+        self._times.append((batch, times))
+        for going, outcome in zip(running, outcomes, strict=True):
+            if going is not None:
+                self._complete(going, outcome, times, batch)
+        ahead, self._ahead = self._ahead, []
+        self._running = [self._goes_on(*going) for going in ahead]
+
+    def _complete(self, going: Going, outcome: StepResult | SpeculatorError, times: StepTimes, batch: int) -> None:
+        job, session, step = going
+        if isinstance(outcome, SpeculatorError):
+            self._abort(job, session, outcome)
+            return
+        job.draft_time += times.draft
+        job.verify_time += times.feed + times.verify
+        if step.feed is None or self._fed(job, session, step.feed):
+            self._commit(job, session, step, outcome, batch)
+
+    @property
+    def under_way(self) -> list[Step | None]:
+        """The steps that the next `complete` is for, as they stand now; None where the session has ended."""
+        return [going and going[2] for going in self._running]
+
+    def recall(self) -> None:
+        """Nothing comes of the round that `next_steps` gave ahead: its sessions go on from the step under way."""
+        self._ahead = []
 
     def settle(self) -> None:
         """Counts what `complete` did since the last time; apart from it, so that answers need not wait for it."""
@@ -255,8 +291,8 @@ class Scheduler:
 
     def fail_all(self, error: SpeculatorError) -> None:
         """Ends every work item; for a worker that cannot go on."""
-        running, self._running = self._running, []
-        for job, session, _ in running:
+        running, self._running, self._ahead = self._running, [], []
+        for job, session, _ in filter(None, running):
             self._abort(job, session, error)
         for job, session in [*self._ready.items(), *self._parked.items()]:
             self._abort(job, session, error)
@@ -270,7 +306,7 @@ class Scheduler:
         assert self.pool.reserved == sum(s.reserved for s in live), "reservations do not add up"
         assert all(len(s.pages) <= s.reserved for s in live), "a session holds more pages than it reserved"
         held = {s.job for s in self.sessions.values() if s.job is not None}
-        queued = {*self._ready, *self._parked, *(job for job, _, _ in self._running)}
+        queued = {*self._ready, *self._parked, *(job for job, _, _ in filter(None, self._running))}
         assert held == queued, "a session and the queue disagree about its work item"
         for s in self.sessions.values():
             assert (s.finish is FinishReason.RUNNING) == (s.row >= 0), "finished sessions hold no row, others do"
@@ -307,6 +343,7 @@ class Scheduler:
     def _open(self, spec: SessionSpec) -> Session:
         info = self.info
         shape = fitted(spec.shape.over(info.default_shape), info)
+        check_chain_shape(shape, info)
         check_shape(shape, spec.sampling.rule, info)
         new = spec.stopping.max_new_tokens
         limit = self.context if new is None else min(self.context, len(spec.tokens) + new)
@@ -339,6 +376,8 @@ class Scheduler:
             )
         session.reserved = pages
         session.row = heapq.heappop(self._free_rows)
+        if self.policy is not None:
+            self.policy.open(session.row)
         self._open_row(session)
 
     def _has_place(self, pages: int) -> bool:
@@ -379,6 +418,7 @@ class Scheduler:
         check_speculation(session)
         if request is not session.asked:
             shape = fitted(request.over(session.shape), self.info)
+            check_chain_shape(shape, self.info)
             check_shape(shape, session.spec.sampling.rule, self.info)
             session.asked, session.form = request, shape
         return session.form
@@ -388,6 +428,7 @@ class Scheduler:
             job.draft = kept_draft(session, job.draft_id)
         else:
             validate(job.draft, self.info, session.spec.sampling.rule)
+            check_chain(job.draft, self.info)
 
     def _prepare_extend(self, job: Job, session: Session) -> None:
         if len(job.tokens) > session.remaining:
@@ -436,9 +477,9 @@ class Scheduler:
         last = end == len(job.feed)
         feed = Feed(job.feed[job.fed : end], job.following if last else job.feed[end])
         self._cover(session, end - job.fed)
-        shape = job.form
+        shape = self._wanted(job, session) if last else None
         if shape is not None:
-            shape = self._fitting(shape, session, len(job.tokens) or 1) if last else None
+            shape = self._fitting(shape, session, len(job.tokens) or 1)
         return Step(session.row, session.cached, session.pages, feed, propose=shape)
 
     def _round_step(self, job: Job, session: Session) -> Step:
@@ -447,10 +488,71 @@ class Scheduler:
         draft = job.draft
         if job.kind is Kind.GENERATE:
             draft = session.offer.draft if session.offer else NO_DRAFT
-        shape = job.form
+        shape = self._wanted(job, session)
         if shape is not None:
             shape = self._fitting(shape, session, 0 if draft is None else 1)
-        return Step(session.row, session.cached, session.pages, None, session.tokens[-1], draft, shape)
+        bounds = Bounds(session.limit, session.stops) if job.kind is Kind.GENERATE else None
+        return Step(session.row, session.cached, session.pages, None, session.tokens[-1], draft, shape, bounds)
+
+    # one round ahead: of sessions whose last round is under way, when nobody else waits
+
+    def _steps_ahead(self) -> list[Step]:
+        """The round after the one under way, unless somebody has to be asked first; a session that ends sits out."""
+        now = self._clock()
+        going = [g for g in self._running if g is not None and g[1].remaining > 1]
+        if self._ready or self._ahead or not all(self._goes_alone(*g, now) for g in going):
+            return []
+        self._choose([(job, session) for job, session, _ in going])
+        self._ahead = [(job, session, self._step_ahead(job, session, step)) for job, session, step in going]
+        return [step for _, _, step in self._ahead]
+
+    def _goes_alone(self, job: Job, session: Session, step: Step, now: float) -> bool:
+        """Whether nobody has to be asked between a step and the round after it.
+
+        Near the end of a session that drafts trees one has to wait: what fits there depends on what is accepted now.
+        """
+        if job.kind is not Kind.GENERATE or step.feed is not None or job.credit <= 1 or job.deadline <= now:
+            return False
+        shape = job.form
+        return shape is None or shape.is_chain or self._fitting(shape, session, _most(step) + 1) is shape
+
+    def _step_ahead(self, job: Job, session: Session, step: Step) -> Step:
+        shape = self._wanted(job, session)
+        self._cover(session, min(_most(step), session.remaining - 1))
+        return Step(session.row, 0, session.pages, None, 0, NO_DRAFT, shape, step.bounds, ahead=True)
+
+    def _goes_on(self, job: Job, session: Session, step: Step) -> Going | None:
+        """A round ahead, now that it is known where it began; None if there was nothing left to do."""
+        if session.job is not job:
+            return None
+        del self._ready[job]
+        job.started = self.now
+        draft = session.offer.draft if session.offer else NO_DRAFT
+        shape = None if step.propose is None else self._fitting(step.propose, session, 1)
+        known = Step(session.row, session.cached, session.pages, None, session.tokens[-1], draft, shape, step.bounds)
+        return job, session, known
+
+    def _choose(self, sessions: Collection[tuple[Job, Session]]) -> None:
+        """Let the policy look at the sessions of the coming step."""
+        if self.policy is not None and sessions and self.policy.due(len(sessions)):
+            self.policy.decide(self._riders(sessions))
+
+    def _riders(self, sessions: Collection[tuple[Job, Session]]) -> Riders:
+        """What the policy may know of sessions: whose shape is open, and how long they are."""
+        rows, fixed, tokens = list[int](), NOTHING, 0
+        for job, session in sessions:
+            tokens += session.cached
+            if job.form is not None and _is_open(job, session):
+                rows.append(session.row)
+            elif job.form is not None:
+                fixed = max(fixed, job.form, key=size)
+        return Riders(rows, len(sessions), tokens / len(sessions), fixed)
+
+    def _wanted(self, job: Job, session: Session) -> DraftShape | None:
+        """The shape of the next draft: the caller's own, or the policy's where it is left open."""
+        if self.policy is None or job.form is None or not _is_open(job, session):
+            return job.form
+        return self.policy.give()
 
     def _fitting(self, shape: DraftShape, session: Session, commits: int) -> DraftShape | None:
         """The asked shape, cut by what is surely left after `commits` more tokens: never by a token it gates."""
@@ -561,12 +663,14 @@ class Scheduler:
         accepted = min(len(result.accepted), len(tokens))
         judged = DEEP if finish is FinishReason.RUNNING else len(tokens)  # what lies behind the end was never judged
         self._rounds.append((session, step.draft or NO_DRAFT, accepted, judged))
+        if self.policy is not None and step.draft is not None:
+            self.policy.observe(session.row, step.draft, accepted, judged)
         return tokens, finish, accepted
 
     def _offer(self, job: Job, session: Session, step: Step, result: StepResult, timing: Timing) -> Proposed | None:
         if step.propose is None or job.form is None:
             return None
-        return offer(session, job.form, result.draft or NO_DRAFT, timing)
+        return offer(session, job.form, _asked(result.draft or NO_DRAFT, step.propose), timing)
 
     # ---- endings ----
 
@@ -622,6 +726,25 @@ class Scheduler:
 
     def _answer(self, job: Job, answer: Answer | SpeculatorError) -> None:
         self._answers.append((job, answer))
+
+
+def _most(step: Step) -> int:
+    """Tokens that a round can commit."""
+    return 1 + draft_depth(step.draft or NO_DRAFT)
+
+
+def _asked(draft: Draft, shape: DraftShape) -> Draft:
+    """Of a chain that was drafted ahead, when its room was not known yet, what `shape` asks for."""
+    depth = shape.depth
+    if not draft.is_chain or len(draft.tokens) <= depth:
+        return draft
+    cut = Draft(draft.tokens[:depth], draft.parents[:depth], draft.logprobs[:depth], draft_id=draft.draft_id)
+    return cut if depth else NO_DRAFT
+
+
+def _is_open(job: Job, session: Session) -> bool:
+    """Whether the caller named no shape, neither for the session nor for this draft."""
+    return session.spec.shape == KEEP and (job.shape is None or job.shape == KEEP)
 
 
 COMMITS: dict[Kind, Callable[[Scheduler, Job, Session, Step, StepResult, Timing], Answer]] = {

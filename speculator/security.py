@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,7 +36,10 @@ class Tokens:
     @classmethod
     def from_file(cls, path: str) -> Tokens:
         """One token a line; empty lines and lines that start with '#' are skipped."""
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the token file {path} cannot be read as UTF-8 text") from error
         tokens = [line for line in lines if line and not line.startswith("#")]
         if not tokens:
             raise ConfigError(f"the token file {path} holds no token")
@@ -89,9 +93,24 @@ class Callers:
 
 
 def credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    """TLS of the configured files; None without them."""
+    """TLS of the configured files; None without them. Raises ConfigError for files that hold something else."""
     if not config.tls:
         return None
+    _check_files(config)
     client_ca = Path(config.tls_client_ca).read_bytes() if config.tls_client_ca else None
     pair = (Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())
     return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+
+
+def _check_files(config: ServerConfig) -> None:
+    """gRPC would only say that it cannot bind the address; OpenSSL says what is wrong."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    names = f"server.tls_cert {config.tls_cert} and server.tls_key {config.tls_key}"
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key, password="")  # never asks for one
+        names = f"server.tls_client_ca {config.tls_client_ca}"
+        if config.tls_client_ca:
+            context.load_verify_locations(config.tls_client_ca)
+    except OSError as error:  # of which SSLError is one
+        reason = getattr(error, "reason", None) or error.strerror
+        raise ConfigError(f"{names} cannot be used: {reason}; PEM files without a passphrase are expected") from error

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
@@ -57,7 +58,7 @@ from speculator.v1 import drafter_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-SCHEMA_REVISION = 1
+SCHEMA_REVISION = 2
 MINIMUM_CLIENT_REVISION = 1
 SERVICES = ("speculator.v1.DrafterService", "speculator.v1.AdminService")
 LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop
@@ -185,7 +186,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             eos_token_ids=info.eos_token_ids,
             tokenizer_sha256=about.tokenizer_sha256,
             limits=self._limits(),
-            tensor_parallel_size=1,
+            tensor_parallel_size=info.tensor_parallel,
             pipeline_parallel_size=1,
             default_rule=RULES_OUT[self._defaults.rule],
             default_draft=shape_pb(info.default_shape),
@@ -197,7 +198,6 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             max_context_length=self._core.context,
             max_tree_nodes=info.max_nodes,
             max_tree_depth=info.max_depth,
-            max_batch_items=info.max_rows,
             max_sessions=info.max_rows,
             max_message_bytes=self._config.max_message_bytes,
         )
@@ -373,7 +373,8 @@ class Server:
                 return server.add_secure_port(self._config.address, secret)
             return server.add_insecure_port(self._config.address)
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._config.address}: {error}") from error
+            reason = str(error).partition(";")[0]  # the rest is about gRPC's own log
+            raise ConfigError(f"cannot listen on {self._config.address}: {reason}") from error
 
     def _start_metrics(self) -> None:
         if not self._config.metrics_port:
@@ -426,6 +427,27 @@ class Server:
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.stop)
         await self._core.stop()
+
+
+def check_listening(config: ServerConfig) -> None:
+    """Raises ConfigError for files and addresses that a server could not use: to be asked before models are loaded."""
+    credentials(config)
+    if config.token_file:
+        Tokens.from_file(config.token_file)
+    for key, port in (("port", config.port), ("metrics_port", config.metrics_port)):
+        _check_free(config.host, port, f"server.{key}")
+
+
+def _check_free(host: str, port: int, key: str) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"server.host {host} is no address and no name that this machine knows") from error
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port} ({key}): {error.strerror}") from error
 
 
 async def serve(

@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from graphs.errors import GraphError
 from graphs.memory import (
@@ -29,9 +30,11 @@ from graphs.recorder import CudaRecorder
 from speculator.heads.base import DraftHead
 from speculator.passes import EagerPasses, eager_passes
 from speculator.recorded import RecordedPasses, Sizes
+from speculator.round import Rounds, trial_rounds
 from target.batch import Batch
 from target.cache import LayerShape, PagedCache, bytes_per_token
 from target.decoder import Decoder
+from target.states import StateCache, StatePass
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class Load(NamedTuple):
     sessions: int
     prefill_chunk: int
     graphs: bool
+    rounds: bool  # whole rounds are recorded too
     utilisation: float  # share of the card that may be in use, other processes included
 
 
@@ -60,17 +64,22 @@ def cache_groups(target: Decoder, head: DraftHead | None) -> list[list[LayerShap
 
 
 @torch.inference_mode()
-def measure(target: Decoder, head: DraftHead | None, load: Load, before: Reading) -> Sized:
+def measure(
+    target: Decoder, head: DraftHead | None, load: Load, before: Reading, states: StateCache | None = None
+) -> Sized:
     """Run and record the largest passes over a cache of two pages; `before` was read ahead of everything else.
+
+    `states` are those of a hybrid's sessions, which exist already and count with the weights.
 
     Raises graphs.memory.CacheSizeError when no page fits.
     """
     device, dtype = target.embed.weight.device, target.embed.weight.dtype
     groups = cache_groups(target, head)
-    eager = eager_passes(target, head, PagedCache(groups, 2, load.sizes.page_size, dtype, device))
+    cache = PagedCache(groups, 2, load.sizes.page_size, dtype, device)
+    eager = eager_passes(target, head, cache, states)
     weights = torch.cuda.memory_allocated(device)
     peak = peak_activation(partial(_largest_passes, eager, load, device), device)
-    graphs = _estimate(eager, load, device) if load.graphs else NO_GRAPHS
+    graphs = _estimate(eager, cache, load, device) if load.graphs else NO_GRAPHS
     after = cuda_meter(device)()
     measured = Measured(
         total=before.total,
@@ -87,16 +96,20 @@ def measure(target: Decoder, head: DraftHead | None, load: Load, before: Reading
     return Sized(plan, graphs)
 
 
-def _estimate(eager: EagerPasses, load: Load, device: torch.device) -> GraphEstimate:
+def _estimate(eager: EagerPasses, cache: PagedCache, load: Load, device: torch.device) -> GraphEstimate:
     """A rung of the ladder at a time, all passes together."""
-    recorder, made = CudaRecorder(device), list[RecordedPasses]()
+    recorder, made, rounds = CudaRecorder(device), list[RecordedPasses](), list[Rounds]()
 
     def capture(rung: int) -> None:
         made.append(RecordedPasses(eager, recorder, load.sizes, device, rung))
         made[-1].capture()
+        if load.rounds:
+            rounds.append(trial_rounds(eager, recorder, load.sizes, cache, load.sessions, rung))
+            rounds[-1].capture()
 
     def release() -> None:
         made.clear()
+        rounds.clear()
         recorder.close()
 
     try:
@@ -108,8 +121,15 @@ def _estimate(eager: EagerPasses, load: Load, device: torch.device) -> GraphEsti
 def _largest_passes(eager: EagerPasses, load: Load, device: torch.device) -> None:
     """The longest prompt chunks, then the widest round, all of padding."""
     sizes, shape = load.sizes, load.sizes.shape
-    eager.feed(_padding(min(PROMPTS_TOGETHER, load.sessions), load.prefill_chunk, sizes, device))
-    eager.verify(_padding(load.sessions, 1 + (shape.depth if shape.is_chain else shape.nodes), sizes, device))
+    prompts = _padding(min(PROMPTS_TOGETHER, load.sessions), load.prefill_chunk, sizes, device)
+    eager.feed(prompts, _null_states(eager, prompts, prompts.counts))
+    round_ = _padding(load.sessions, 1 + (shape.depth if shape.is_chain else shape.nodes), sizes, device)
+    _ = eager.verify(round_, _null_states(eager, round_, None)).logits
+
+
+def _null_states(eager: EagerPasses, batch: Batch, counts: Tensor | None) -> StatePass | None:
+    """Every row on the null slot, which is what a padded row has."""
+    return None if eager.states is None else StatePass(eager.states, torch.zeros_like(batch.context), counts)
 
 
 def _padding(rows: int, queries: int, sizes: Sizes, device: torch.device) -> Batch:

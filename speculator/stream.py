@@ -28,6 +28,7 @@ from speculator.translate import (
     fill_deleted,
     fill_extended,
     fill_proposed,
+    fill_total,
     fill_verified,
     propose_job,
     seconds_of,
@@ -87,17 +88,24 @@ class DraftStream:
         self._tasks.add(self._loop.create_task(self._read()))
         try:
             await self._ended
+        except Exception:
+            self._abandon_all()
+            await self._writer.finish()  # gRPC takes no status while a message is on its way
+            raise
         finally:
             self._close()
 
     def _close(self) -> None:
         self._writer.cancel()
+        self._abandon_all()
+        if self._ended.done() and not self._ended.cancelled():
+            self._ended.exception()  # heard of, even when the stream ended for another reason
+
+    def _abandon_all(self) -> None:
         for task in self._tasks:
             task.cancel()
         for line in self._lines.values():
             self._abandon(line)
-        if self._ended.done() and not self._ended.cancelled():
-            self._ended.exception()  # heard of, even when the stream ended for another reason
 
     def _abandon(self, line: list[Item]) -> None:
         for item in line:
@@ -236,7 +244,10 @@ class DraftStream:
             self._say(item.number, answer)
         else:
             response = pb.DraftResponse(correlation_id=item.number)
-            FILLS[item.kind](getattr(response, item.kind), answer, item.body, self._about)
+            body = getattr(response, item.kind)
+            FILLS[item.kind](body, answer, item.body, self._about)
+            if item.job is not None:
+                fill_total(body.timing, time.monotonic() - item.job.queued)
             self.send(response)
 
     def _say(self, number: int, error: SpeculatorError) -> None:

@@ -48,11 +48,13 @@ class Confidence:
         self.judged, self.accepted = [0] * BINS, [0] * BINS
 
     def record(self, draft: Draft, judged: int, accepted: int) -> None:
-        """One round. Trees, whose siblings share one chance, are left out, and drafts without log q."""
+        """One round. Trees, whose siblings share one chance, are left out, and drafts without log q or with NaN."""
         if not draft.logprobs or not draft.is_chain:
             return
         for depth in range(min(judged, accepted + 1)):
-            place = min(BINS - 1, int(BINS * math.exp(draft.logprobs[depth])))
+            if math.isnan(draft.logprobs[depth]):
+                continue
+            place = min(BINS - 1, int(BINS * math.exp(min(0.0, draft.logprobs[depth]))))
             self.judged[place] += 1
             self.accepted[place] += depth < accepted
 

@@ -131,6 +131,8 @@ def draft_of(tree: pb.DraftTree) -> Draft:
 def _support(tree: pb.DraftTree) -> tuple[Distribution, ...] | None:
     if tree.distribution == pb.DRAFT_DISTRIBUTION_SERVER_SIDE:
         raise InvalidTreeError("a tree that the server drafted is named by draft_id, not sent", field="tree")
+    if tree.distribution not in pb.DraftDistribution.values():
+        raise InvalidTreeError(f"distribution {tree.distribution} is unknown to this server", field="tree.distribution")
     sparse = tree.distribution == pb.DRAFT_DISTRIBUTION_SPARSE
     if not sparse and (tree.support_counts or tree.support_token_ids):
         raise InvalidTreeError("a support is given, but distribution is not SPARSE", field="tree.distribution")
@@ -216,6 +218,10 @@ def fill_timing(message: pb.Timing, timing: Timing) -> None:
     message.queue_us = min(UINT32_MAX, int(queue * 1e6))
     message.draft_us = min(UINT32_MAX, int(draft * 1e6))
     message.verify_us = min(UINT32_MAX, int(verify * 1e6))
+
+
+def fill_total(message: pb.Timing, seconds: float) -> None:
+    message.total_us = min(UINT32_MAX, int(seconds * 1e6))
 
 
 def shape_pb(shape: DraftShape) -> pb.DraftParams:

@@ -101,6 +101,20 @@ def chain(tokens: Tensor, counts: Tensor, max_depth: int) -> Tree:
     return Tree(tokens, (depths - 1).clamp(min=0), depths, ancestors, counts, max_depth, chain=True)
 
 
+def below(root: Tensor, tokens: Tensor, parents: Tensor, counts: Tensor, max_depth: int) -> Tree:
+    """Drafted `tokens` [R, N] with `parents` [R, N] (-1 is the root) below `root` [R], all int64 and on the device.
+
+    Of each row `counts` [R] <= N + 1 nodes are valid, root included; `max_depth` bounds their depths.
+    """
+    tokens = torch.cat((root[:, None], tokens), 1)
+    index = torch.arange(tokens.shape[1], device=root.device)
+    valid = index < counts[:, None]
+    above = torch.where(valid, _below_root(parents + 1), 0)
+    ancestors = torch.where(valid, ancestor_masks(above, max_depth), torch.ones_like(index) << index)
+    depths = ((ancestors[:, :, None] >> index) & 1).sum(-1) - 1
+    return Tree(tokens, above, depths, ancestors, counts, max_depth, chain=False)
+
+
 def seen_tokens(committed: Tensor, tree: Tree) -> Tensor:
     """[R, T, V] bool: the tokens before the one drawn at each node, from `committed` [R, V] bool and its own path.
 

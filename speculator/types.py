@@ -111,8 +111,19 @@ class Feed(NamedTuple):
     following: int | None
 
 
+class Bounds(NamedTuple):
+    """What ends a sequence: its length in tokens, or any of these tokens once committed."""
+
+    limit: int
+    stops: frozenset[int]
+
+
 class Step(NamedTuple):
-    """One session's part of one engine step. `cached` tokens of the sequence are in the KV cache before it."""
+    """One session's part of one engine step. `cached` tokens of the sequence are in the KV cache before it.
+
+    A step `ahead` goes on where the recorded round of its row that is under way will end: `cached`, `root` and the
+    draft are known to the device alone and not read, and where that round ends the sequence nothing is done.
+    """
 
     row: int
     cached: int
@@ -121,6 +132,8 @@ class Step(NamedTuple):
     root: int = 0  # last committed token, when `draft` is given
     draft: Draft | None = None  # verify this
     propose: DraftShape | None = None  # then draft this
+    bounds: Bounds | None = None  # what a step ahead of this one has to know
+    ahead: bool = False
 
 
 class StepResult(NamedTuple):
@@ -160,3 +173,4 @@ class EngineInfo:
     max_branching: int = 16
     default_shape: DraftShape = field(default_factory=DraftShape)
     default_rule: Rule = Rule.COUPLED
+    tensor_parallel: int = 1  # ranks that share the target

@@ -23,8 +23,15 @@ from speculator.types import EngineInfo, SamplingParams, Step, StepResult, StepT
 log = logging.getLogger(__name__)
 
 Outcome = StepResult | SpeculatorError
-Act: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...]]
+Act: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...], bool]  # what, with what, and whether amid a step too
 Delivery = tuple[Job, Answer | SpeculatorError]
+
+
+class Flight(Protocol):
+    """A step that was launched."""
+
+    def collect(self) -> Sequence[StepResult]:
+        """Wait for its results; raises what `EngineLike.step` raises."""
 
 
 class EngineLike(Protocol):
@@ -39,11 +46,17 @@ class EngineLike(Protocol):
 
     def step(self, steps: Sequence[Step]) -> list[StepResult]: ...
 
+    def launch(self, steps: Sequence[Step]) -> Flight | None:
+        """Begin a step and wait for nothing; None, and nothing begun, where `step` has to run it."""
+
     def passes_run(self) -> Mapping[str, tuple[int, int]]: ...
 
 
 class Worker:
     """Runs engine steps on its own thread.
+
+    While the device runs a round that was launched, the next one is launched too, if its sessions need nobody to go
+    on, and only then are the results of the first one read and delivered. An act waits until no step is under way.
 
     `deliver` is called on that thread with all answers of one engine step; `failed` once if the thread cannot go on.
     `post`, `stop` and `leftovers` belong to the one thread that uses the worker.
@@ -65,6 +78,7 @@ class Worker:
         self._failed = failed
         self._clock = clock
         self._inbox: Inbox[Act] = Inbox()
+        self._flight: Flight | None = None  # the step under way
         self._alive = True
         self._thread = threading.Thread(target=self._main, name="speculator-device", daemon=True)
 
@@ -73,7 +87,11 @@ class Worker:
 
     def post(self, act: Callable[..., Any], *args: Any) -> None:
         """Runs `act(*args)` on the worker's thread, between two engine steps."""
-        self._inbox.put((act, args))
+        self._inbox.put((act, args, False))
+
+    def post_amid(self, act: Callable[..., Any], *args: Any) -> None:
+        """The same for an act that leaves the sessions of a step under way alone: it does not wait for its end."""
+        self._inbox.put((act, args, True))
 
     def stop(self, timeout: float | None = None) -> None:
         """Lets the running step end, then ends the thread."""
@@ -83,6 +101,7 @@ class Worker:
 
     def leftovers(self) -> list[Delivery]:
         """Answers, all errors, of what the thread left undone when it ended."""
+        self._flight = None
         self._act()
         self.scheduler.fail_all(EngineFailedError("the engine has stopped"))
         return self.scheduler.take_answers()
@@ -94,25 +113,64 @@ class Worker:
         try:
             while self._alive:
                 self._turn()
+            self._land()
         except BaseException as error:
             log.exception("the device thread cannot go on")
             self._failed(error)
 
     def _turn(self) -> None:
-        scheduler = self.scheduler
-        if not scheduler.ready:
+        if self._flight is None and not self.scheduler.ready:
             self._inbox.wait()
         self._act()
-        steps = scheduler.next_steps()
-        if steps:
-            scheduler.complete(self._run(steps), self._engine.times)
-        answers = scheduler.take_answers()
+        following = self._start()
+        self._flight = self._land(following)
+        answers = self.scheduler.take_answers()
         if answers:
             self._deliver(answers)
 
     def _act(self) -> None:
-        for act, args in self._inbox.take():
+        for act, args, amid in self._inbox.take():
+            if not amid:
+                self._land()
             act(*args)
+
+    def _start(self) -> Flight | None:
+        """Launch the next step, ahead of the one under way if there is one; run it here where it cannot fly."""
+        steps = self.scheduler.next_steps()
+        flight = self._launch(steps) if steps else None
+        if steps and flight is None:
+            if self._flight is not None:
+                self.scheduler.recall()
+            else:
+                self.scheduler.complete(self._run(steps), self._engine.times)
+        return flight
+
+    def _launch(self, steps: Sequence[Step]) -> Flight | None:
+        try:
+            return self._engine.launch(steps)
+        except Exception as error:  # noqa: BLE001 - the same step, not launched, says what is wrong
+            log.warning("a step could not be launched: %s", error)
+            return None
+
+    def _land(self, following: Flight | None = None) -> Flight | None:
+        """Complete the step under way, if any; `following` was launched on top of it, and falls with it if it fails."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return following
+        outcomes = _collected(flight)
+        if isinstance(outcomes, Exception):
+            if following is not None:
+                _collected(following)
+                self.scheduler.recall()
+            following, outcomes = None, self._alone(self.scheduler.under_way, outcomes)
+        self.scheduler.complete(outcomes, self._engine.times)
+        return following
+
+    def _alone(self, steps: Sequence[Step | None], error: Exception) -> Sequence[Outcome]:
+        """The parts of a step that failed when all were together; None is no part any more."""
+        if sum(step is not None for step in steps) == 1:
+            return [_as_error(error)] * len(steps)
+        return [StepResult() if step is None else self._run([step])[0] for step in steps]
 
     def _run(self, steps: Sequence[Step]) -> Sequence[Outcome]:
         """One engine step. When it fails, each part runs once more alone, so that only the bad ones fail."""
@@ -122,6 +180,13 @@ class Worker:
             if len(steps) == 1:
                 return [_as_error(error)]
         return [self._run([step])[0] for step in steps]
+
+
+def _collected(flight: Flight) -> Sequence[Outcome] | Exception:
+    try:
+        return flight.collect()
+    except Exception as error:  # noqa: BLE001 - whatever a device throws, the others go on
+        return error
 
 
 def _as_error(error: Exception) -> SpeculatorError:

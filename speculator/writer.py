@@ -51,6 +51,12 @@ class Writer:
             self._reporting = True
             self._awaited.add_done_callback(self._ended)
 
+    async def finish(self) -> None:
+        """Drops what waits, and returns when the write under way has ended; nothing may be put meanwhile."""
+        self.waiting.clear()
+        while not self.idle() and self._awaited is not None:
+            await asyncio.wait([self._awaited])
+
     def cancel(self) -> None:
         """Gives up what is under way and what waits."""
         self.waiting.clear()

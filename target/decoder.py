@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from target.cache import LayerShape
@@ -19,6 +18,8 @@ from target.gated import GatedAttention, GatedSharedMoE
 from target.layers import GatedMLP, RMSNorm, SelfAttention, ZeroCentredNorm
 from target.model import Hidden
 from target.moe import MoE
+from target.products import Linear, Multiplies
+from target.readout import Asked, Readout, Reads
 from target.rope import Rope
 from target.states import StateShape
 
@@ -43,8 +44,14 @@ class DecoderLayer(nn.Module):
         self.mlp = _mlp(config, layer)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
-        x = x + self.attention(self.input_norm(x), cos, sin, attend)
-        return x + self.mlp(self.post_norm(x))  # type: ignore[no-any-return]
+        x, more = self.advance(x, None, cos, sin, attend)
+        return x + more
+
+    def advance(self, x: Tensor, more: Tensor | None, cos: Tensor, sin: Tensor, attend: Any) -> tuple[Tensor, Tensor]:
+        """`forward` of x + more, as two parts still to be added: the norm that follows adds in the same kernel."""
+        x, normed = self.input_norm.after(x, more)
+        x, normed = self.post_norm.after(x, self.attention(normed, cos, sin, attend))
+        return x, self.mlp(normed)
 
 
 def decoder_norm(config: ModelConfig) -> RMSNorm:
@@ -100,7 +107,7 @@ def cache_layer_shape(config: ModelConfig) -> LayerShape:
     return LayerShape(config.num_kv_heads, config.head_dim)
 
 
-class Decoder(nn.Module):
+class Decoder(Reads, Multiplies, nn.Module):
     """A target model. `forward` ends at hidden states; `logits` is a separate step, for the rows that need it."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -110,7 +117,7 @@ class Decoder(nn.Module):
         self.rope = decoder_rope(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = decoder_norm(config)
-        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -136,18 +143,25 @@ class Decoder(nn.Module):
 
         `attend` is an Attend, an AttendLatent where the config has MLA, a HybridAttend where layers are recurrent.
         """
-        x = self.embed(tokens)
+        x, more = self.embed(tokens), None
         cos, sin = self.rope(positions, x.dtype)
         streams = {0: x}
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, attend)
+            x, more = layer.advance(x, more, cos, sin, attend)  # type: ignore[operator]
             if i + 1 in taps:
+                x, more = x + more, None
                 streams[i + 1] = x
-        return Hidden(self.norm(x), tuple(streams[k] for k in taps))
+        return Hidden(self.norm.after(x, more)[1], tuple(streams[k] for k in taps))
 
     def logits(self, final: Tensor) -> Tensor:
         """F [..., H] -> [..., V] in the model's dtype."""
-        return F.linear(final, self.head_weight)
+        return self.product(final, self.head_weight, None)
+
+    def read(self, final: Tensor, asked: Asked) -> Readout | None:
+        """What is asked about `logits(final)`, F [..., H] as N rows; None where they have to be written first."""
+        if self.head_weight.shape[0] != self.config.vocab_size:  # one rank's part of the vocabulary
+            return None
+        return self.ask(final, self.head_weight, self.product, asked)
 
 
 def init_weights(model: nn.Module, generator: torch.Generator | None = None, std: float = 0.02) -> None:

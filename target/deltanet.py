@@ -123,9 +123,13 @@ class DeltaRows(NamedTuple):
 
 def delta_rows(inputs: DeltaInputs, before: Tensor) -> tuple[Tensor, DeltaRows]:
     """Queries [R, T, key_heads, key_dim] and rows; `before` [R, kernel - 1, channels] are the inputs of the past."""
-    s = inputs.sizes
     window = torch.cat((before, inputs.mixed), dim=1)
-    mixed = F.silu(causal_conv(window.float(), inputs.conv.float()))
+    return convolved_rows(inputs, causal_conv(window.float(), inputs.conv.float()), window)
+
+
+def convolved_rows(inputs: DeltaInputs, convolved: Tensor, window: Tensor) -> tuple[Tensor, DeltaRows]:
+    """`delta_rows` of what a convolution made of `window`: [R, T, channels] float32."""
+    s, mixed = inputs.sizes, F.silu(convolved)
     q, k, v = mixed.split_with_sizes((s.key_size, s.key_size, s.value_size), dim=-1)
     q, k = (_unit(x.unflatten(-1, (s.key_heads, s.key_dim))) for x in (q, k))
     v = v.unflatten(-1, (s.value_heads, s.value_dim))

@@ -6,20 +6,31 @@ or commits: its rounding depends on where chunks begin, so what is served runs t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from target.attention.base import Attend
-from target.deltanet import DeltaInputs, DeltaRows, HybridAttend, delta_rows, spread
+from target.deltanet import DeltaInputs, DeltaRows, HybridAttend, convolved_rows, delta_rows, spread
 
-CHUNK = 64
-FLOOR = 1e-30  # smaller decays forget as much, and their logarithms would have infinite gradients
+CHUNK = 64  # a power of two
+FLOOR = 1e-30  # smaller decays forget all: their logarithms would have infinite gradients, and drown the others
+NOWHERE = -2  # the document of what lies before a row
 
 
 def whole_sequences(attend: Attend) -> HybridAttend:
     """The attend of a hybrid for whole sequences that begin with the pass, without any cache."""
     return HybridAttend(attend, _recur)
+
+
+def packed_sequences(attend: Attend, documents: Tensor) -> HybridAttend:
+    """The same for rows of whole documents: neither state nor convolution passes from one to the next.
+
+    `documents` [R, T] are their numbers; `attend` keeps them apart itself.
+    """
+    return HybridAttend(attend, partial(_recur_packed, documents))
 
 
 def _recur(layer: int, inputs: DeltaInputs) -> Tensor:
@@ -28,37 +39,78 @@ def _recur(layer: int, inputs: DeltaInputs) -> Tensor:
     return chunked_delta_rule(q, rows)
 
 
+def _recur_packed(documents: Tensor, layer: int, inputs: DeltaInputs) -> Tensor:
+    before = F.pad(documents[:, :-1], (1, 0), value=NOWHERE)
+    inputs = inputs._replace(decay=inputs.decay * (documents == before)[..., None])
+    return chunked_delta_rule(*convolved_rows(inputs, _packed_conv(inputs, documents), inputs.mixed))
+
+
+def _packed_conv(inputs: DeltaInputs, documents: Tensor) -> Tensor:
+    """`causal_conv` that reads zeros in place of other documents."""
+    length, reach = documents.shape[1], inputs.sizes.kernel - 1
+    mixed, weight = F.pad(inputs.mixed.float(), (0, 0, reach, 0)), inputs.conv.float()
+    owner = F.pad(documents, (reach, 0), value=NOWHERE)
+    same = [(owner[:, tap : tap + length] == documents)[..., None] for tap in range(reach + 1)]
+    taps = [mixed[:, tap : tap + length] * weight[:, tap] * same[tap] for tap in range(reach + 1)]
+    return torch.stack(taps).sum(0)
+
+
 def chunked_delta_rule(q: Tensor, rows: DeltaRows) -> Tensor:
-    """`delta_rule` from a state of zeros: q [R, T, key_heads, key_dim] -> [R, T, value_heads, value_dim]."""
-    heads, length = rows.v.shape[2], rows.v.shape[1]
-    state, results = rows.v.new_zeros(len(q), heads, q.shape[-1], rows.v.shape[-1]), []
-    parts = (spread(q, heads), spread(rows.k, heads), rows.v, rows.decay.clamp(min=FLOOR).log(), rows.beta)
-    for chunk in zip(*(_chunks(part) for part in parts), strict=True):
-        result, state = _chunk(state, *chunk)
-        results.append(result)
+    """Results [R, T, value_heads, value_dim] of sequences that begin with the pass; q [R, T, key_heads, key_dim].
+
+    In float32 also under autocast: errors of a state add up over a sequence.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        return _chunked(q, rows)
+
+
+def _chunked(q: Tensor, rows: DeltaRows) -> Tensor:
+    """What each token writes, its corrected error, depends linearly on what the earlier ones of its chunk wrote.
+
+    That is one unit triangular system a chunk, solved for all chunks at once; the state then goes from one to the next.
+    """
+    heads, length = rows.v.shape[2], q.shape[1]
+    forgets = rows.decay < FLOOR
+    log_decay = rows.decay.masked_fill(forgets, 1.0).log()
+    parts = (spread(q, heads), spread(rows.k, heads), rows.v, log_decay, rows.beta, forgets.long())
+    q, k, v, log_decay, beta, ends = (_chunks(part) for part in parts)
+    since, past = log_decay.cumsum(-1), ends.cumsum(-1)  # since the chunk began
+    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    unseen = later | (past[..., :, None] != past[..., None, :])
+    between = (since[..., :, None] - since[..., None, :]).masked_fill(unseen, float("-inf")).exp()
+    before = since.exp() * (past == 0)  # what of the state before the chunk is left at each token
+    solve = unit_lower_inverse((beta[..., None] * between * (k @ k.mT)).tril(-1))
+    own, recalled = (solve @ (beta[..., None] * part) for part in (v, before[..., None] * k))
+    scores, asked = between * (q @ k.mT), before[..., None] * q
+    until = between[..., -1, :, None] * k  # what of each token is left at the chunk's end
+    state, results = v.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    for n in range(q.shape[2]):
+        written = own[:, :, n] - recalled[:, :, n] @ state
+        results.append(asked[:, :, n] @ state + scores[:, :, n] @ written)
+        state = before[:, :, n, -1, None, None] * state + until[:, :, n].mT @ written
     return torch.cat(results, dim=2)[:, :, :length].transpose(1, 2)
 
 
-def _chunks(x: Tensor) -> tuple[Tensor, ...]:
-    """[R, T, heads, ...] -> pieces [R, heads, CHUNK, ...]; the padding is zero, which neither decays nor writes."""
+def _chunks(x: Tensor) -> Tensor:
+    """[R, T, heads, ...] -> [R, heads, N, CHUNK, ...]; the padding is zero, which neither decays nor writes."""
     x = x.transpose(1, 2)
     missing = -x.shape[2] % CHUNK
     padding = (0, 0, 0, missing) if x.dim() == 4 else (0, missing)
-    return F.pad(x, padding).split(CHUNK, dim=2)  # type: ignore[no-any-return]
+    return F.pad(x, padding).unflatten(2, (-1, CHUNK))  # type: ignore[no-any-return]
 
 
-def _chunk(state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk's results [R, heads, CHUNK, value_dim] and the state after it.
+def unit_lower_inverse(lower: Tensor) -> Tensor:
+    """The inverse of I + `lower` [..., C, C], which is strictly lower triangular; C is a power of two.
 
-    What each token writes, its corrected error, depends linearly on what the earlier ones of the chunk wrote: one
-    unit triangular system.
+    Blocks of twice the size from blocks, by substitution as elimination does it: a series in powers of `lower` would
+    cancel where keys are alike.
     """
-    since = log_decay.cumsum(-1)  # since the chunk began
-    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    between = (since[..., :, None] - since[..., None, :]).masked_fill(later, float("-inf")).exp()
-    seen = beta[..., None] * between * (k @ k.mT)  # its diagonal counts as ones
-    error = beta[..., None] * (v - since.exp()[..., None] * (k @ state))
-    written = torch.linalg.solve_triangular(seen, error, upper=False, unitriangular=True)
-    result = since.exp()[..., None] * (q @ state) + (between * (q @ k.mT)) @ written
-    until = (since[..., -1:] - since).exp()[..., None]  # from each token to the chunk's end
-    return result, since[..., -1:].exp()[..., None] * state + (k * until).mT @ written
+    size = lower.shape[-1]
+    inverse = torch.ones(*lower.shape[:-2], size, 1, 1, dtype=lower.dtype, device=lower.device)
+    while (width := inverse.shape[-1]) < size:
+        blocks = lower.unflatten(-1, (-1, 2, width)).unflatten(-4, (-1, 2, width))  # [..., B, 2, width, B, 2, width]
+        below = blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # [..., B, width, width]
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        top = F.pad(first, (0, width))
+        inverse = torch.cat((top, torch.cat((-second @ below @ first, second), dim=-1)), dim=-2)
+    return inverse.squeeze(-3)

@@ -10,11 +10,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from target.attention.base import Attend
+from target.products import Linear
 from target.rope import rotate
+
+
+class Pieces:
+    """What lies between the products of a layer, as torch composes it: the oracle of `target.fused`."""
+
+    def norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        """x [..., size] -> [..., size]."""
+        return norm.normed(x)
+
+    def add_norm(self, norm: RMSNorm, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream x [..., size] after `more` [..., size] was added, and its norm."""
+        x = x + more
+        return x, norm.normed(x)
+
+    def attend(self, layer: SelfAttention, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """qkv [R, T, heads + 2 kv_heads, head_dim], cos and sin [R, T, 1, dim] -> [R, T, heads, head_dim]."""
+        qk, v = qkv.split_with_sizes((layer.heads + layer.kv_heads, layer.kv_heads), dim=-2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk.split_with_sizes((layer.heads, layer.kv_heads), dim=-2)
+            qk = torch.cat((layer.q_norm(q), layer.k_norm(k)), dim=-2)
+        q, k = rotate(qk, cos, sin).split_with_sizes((layer.heads, layer.kv_heads), dim=-2)
+        return attend(layer.layer, q, k, v, layer.window)
+
+    def gated(self, gate_up: nn.Module, x: Tensor) -> Tensor:
+        """silu(gate(x)) * up(x) of merged weights: x [..., size] -> [..., inner]."""
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return F.silu(gate) * up  # type: ignore[no-any-return]
+
+
+TORCH = Pieces()
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension."""
+
+    pieces = TORCH
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -23,6 +56,14 @@ class RMSNorm(nn.Module):
         self._floor = torch.tensor([eps], device="cpu")  # a real tensor also where the module is built on meta
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.pieces.norm(self, x)
+
+    def after(self, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream x [..., size] with what is still to be added to it, and the norm of that."""
+        return (x, self(x)) if more is None else self.pieces.add_norm(self, x, more)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The norm in torch."""
         if x.is_cpu and x.dtype == torch.float32:
             return self._float32_cpu(x, self.weight)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -41,7 +82,7 @@ class ZeroCentredNorm(RMSNorm):
         super().__init__(size, eps)
         nn.init.zeros_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
         weight = self.weight.float() + 1
         if x.is_cpu and x.dtype == torch.float32:
             return self._float32_cpu(x, weight)
@@ -50,6 +91,8 @@ class ZeroCentredNorm(RMSNorm):
 
 class SelfAttention(nn.Module):
     """Grouped-query attention with merged qkv weights, rotary embedding, optional biases and per-head qk-norm."""
+
+    pieces = TORCH
 
     def __init__(
         self,
@@ -68,34 +111,30 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer, self.window = layer, window
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.qkv = nn.Linear(in_size, (heads + 2 * kv_heads) * head_dim, bias=qkv_bias)
-        self.o = nn.Linear(heads * head_dim, out_size, bias=o_bias)
+        self.qkv = Linear(in_size, (heads + 2 * kv_heads) * head_dim, bias=qkv_bias)
+        self.o = Linear(heads * head_dim, out_size, bias=o_bias)
         self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
         self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [R, T, in_size], cos and sin of Rope [R, T, 1, head_dim] -> [R, T, out_size]."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        qk, v = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), dim=-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split_with_sizes((self.heads, self.kv_heads), dim=-2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
-        q, k = rotate(qk, cos, sin).split_with_sizes((self.heads, self.kv_heads), dim=-2)
-        out = attend(self.layer, q, k, v, self.window)
+        out = self.pieces.attend(self, qkv, cos, sin, attend)
         return self.o(out.flatten(-2))  # type: ignore[no-any-return]
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) with merged gate and up weights."""
 
+    pieces = TORCH
+
     def __init__(self, size: int, inner: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(size, 2 * inner, bias=bias)
-        self.down = nn.Linear(inner, size, bias=bias)
+        self.gate_up = Linear(size, 2 * inner, bias=bias)
+        self.down = Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down(self.pieces.gated(self.gate_up, x))  # type: ignore[no-any-return]
 
 
 def lay_out_for_cpu(module: nn.Module) -> None:

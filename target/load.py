@@ -14,18 +14,26 @@ from target.decoder import Decoder
 from target.errors import CheckpointError
 from target.layers import lay_out_for_cpu
 from target.names import TEXT_PREFIX, decoder_slots, mtp_names, vision_names
+from target.parallel import ALONE, Axis, ParallelDecoder, shard_config
+from target.shards import ShardFiles
 from target.weights import Progress, WeightFiles, check_names, fill
 
 
 def load_target(
-    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", progress: Progress | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    axis: Axis = ALONE,
 ) -> Decoder:
     """Load a target; CheckpointError names every missing, unknown or misshapen tensor.
 
     The tensors of MTP modules in the folder are left to the head that reads them; those of a vision model to nobody.
+    With an `axis` of several ranks only this rank's shard is read; PlanError when the target cannot be divided so.
     """
-    config = load_config(folder)
-    files = WeightFiles(folder, config.fp8_block)
+    whole = load_config(folder)
+    config = shard_config(whole, axis.size)
+    files = ShardFiles(folder, whole, axis) if axis.size > 1 else WeightFiles(folder, config.fp8_block)
     found = files.names()
     slots = decoder_slots(config, found)
     found -= mtp_names(config, found) | vision_names(config, found)
@@ -35,7 +43,7 @@ def load_target(
         found.discard("lm_head.weight")
     check_names(found, set(slots), folder)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = ParallelDecoder(whole, axis) if axis.size > 1 else Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     fill(model, slots, files.items(slots), folder, progress)
     lay_out_for_cpu(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from target.cache import LayerShape
 from target.config import ModelConfig
+from target.readout import Asked, Readout
 
 
 class Hidden(NamedTuple):
@@ -39,3 +40,6 @@ class Target(Protocol):
 
     def logits(self, final: Tensor) -> Tensor:
         """F [..., H] -> [..., V] in the model's dtype."""
+
+    def read(self, final: Tensor, asked: Asked) -> Readout | None:
+        """What is asked about `logits(final)`, F [..., H] as N rows; None where they have to be written first."""

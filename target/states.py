@@ -5,13 +5,16 @@ Owns: the storage, and that a rejected token never reaches it. Must never know w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from target.attention.base import Attention, Plan, bind
+from target.attention.choose import OVERRIDE
 from target.batch import Batch
 from target.deltanet import DeltaInputs, DeltaRows, HybridAttend, delta_rows, delta_rule, replay, window_after
 from target.errors import PlanError
@@ -29,6 +32,40 @@ class StateShape(NamedTuple):
     def bytes(self, dtype: torch.dtype) -> int:
         """Of one sequence; `dtype` is the model's."""
         return (self.kernel - 1) * self.channels * dtype.itemsize + self.heads * self.key_dim * self.value_dim * 4
+
+
+class Rule(Protocol):
+    """The recurrence over slots [R] int64 of one layer's matrices [slots, heads, key_dim, value_dim]."""
+
+    def read(
+        self, store: Tensor, slots: Tensor, q: Tensor, rows: DeltaRows, counts: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Results [R, T, heads, value_dim]; with `counts` [R], also the matrices [R, ...] after so many tokens."""
+
+    def replay(self, store: Tensor, slots: Tensor, rows: DeltaRows, counts: Tensor) -> None:
+        """Move the slots on by the first `counts` [R] tokens, in the operations of `read`."""
+
+
+class TorchRule:
+    """Token by token in torch: the oracle."""
+
+    def read(
+        self, store: Tensor, slots: Tensor, q: Tensor, rows: DeltaRows, counts: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        out, end = delta_rule(store.index_select(0, slots), q, rows, counts)
+        return out, None if counts is None else end
+
+    def replay(self, store: Tensor, slots: Tensor, rows: DeltaRows, counts: Tensor) -> None:
+        store.index_copy_(0, slots, replay(store.index_select(0, slots), rows, counts))
+
+
+def rule_for(device: torch.device) -> Rule:
+    """The kernel where triton has one, unless the environment variable SPECULATOR_ATTENTION says torch."""
+    if device.type != "cuda" or find_spec("triton") is None or os.environ.get(OVERRIDE) == "torch":
+        return TorchRule()
+    from target.kernels.deltanet import TritonRule
+
+    return TritonRule()
 
 
 class StateCache:
@@ -49,6 +86,7 @@ class StateCache:
         self.windows = torch.zeros(count, slots, shape.kernel - 1, shape.channels, dtype=dtype, device=device)
         sizes = (count, slots, shape.heads, shape.key_dim, shape.value_dim)
         self.matrices = torch.zeros(sizes, dtype=torch.float32, device=device)
+        self.rule = rule_for(self.matrices.device)
 
     @property
     def bytes(self) -> int:
@@ -96,29 +134,31 @@ class StatePass:
 
     def recur(self, layer: int, inputs: DeltaInputs) -> Tensor:
         """[R, T, value_heads, value_dim] float32; see DeltaInputs."""
-        windows, matrices = (store[layer].index_select(0, self.slots) for store in self._stores)
-        q, rows = delta_rows(inputs, windows)
-        out, end = delta_rule(matrices, q, rows, self.counts)
-        known = self.counts is not None
-        self._kept[layer] = _Kept(rows.window, None if known else rows, end if known else None)
+        states = self.states
+        q, rows = delta_rows(inputs, states.windows[layer].index_select(0, self.slots))
+        out, end = states.rule.read(states.matrices[layer], self.slots, q, rows, self.counts)
+        self._kept[layer] = _Kept(rows.window, rows if end is None else None, end)
         return out
+
+    def adopt(self, kept: Sequence[tuple[Tensor | None, ...]]) -> None:
+        """What a recorded pass over these slots kept, in place of running it: R rows or more of a pass's `kept`."""
+        rows = len(self.slots)
+        for layer, parts in enumerate(kept):
+            window, *held, end = (None if part is None else part[:rows] for part in parts)
+            assert window is not None
+            self._kept[layer] = _Kept(window, DeltaRows(*held) if held else None, end)  # type: ignore[arg-type]
 
     def commit(self, accepted: Tensor | None = None) -> None:
         """Move the states on by `accepted` [R] int64 tokens of each row, or by the counts given at the start."""
         counts = self._agreed(accepted)
         for layer, kept in self._kept.items():
-            windows, matrices = (store[layer] for store in self._stores)
-            end = kept.end
-            if kept.rows is not None:
-                end = replay(matrices.index_select(0, self.slots), kept.rows, counts)
-            assert end is not None
-            matrices.index_copy_(0, self.slots, end)
+            windows, matrices = self.states.windows[layer], self.states.matrices[layer]
+            if kept.end is not None:
+                matrices.index_copy_(0, self.slots, kept.end)
+            elif kept.rows is not None:
+                self.states.rule.replay(matrices, self.slots, kept.rows, counts)
             windows.index_copy_(0, self.slots, window_after(kept.window, counts, self.states.kernel))
         self._kept.clear()
-
-    @property
-    def _stores(self) -> tuple[Tensor, Tensor]:
-        return self.states.windows, self.states.matrices
 
     def _agreed(self, accepted: Tensor | None) -> Tensor:
         if len(self._kept) != len(self.states.matrices):

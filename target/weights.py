@@ -95,19 +95,20 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
 
 def _tensor_names(path: Path) -> list[str]:
     if path.suffix == ".bin":
-        return list(_load_bin(path))
-    with _open(path) as file:
+        return list(load_bin(path))
+    with open_safetensors(path) as file:
         return list(file.keys())
 
 
-def _open(path: Path) -> safe_open:
+def open_safetensors(path: Path) -> safe_open:
+    """A safetensors file whose tensors are read one by one; CheckpointError where it is none."""
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _load_bin(path: Path) -> dict[str, Tensor]:
+def load_bin(path: Path) -> dict[str, Tensor]:
     """All tensors of a .bin file, still on the disk where the file's format allows; foreign pickles are not run."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -121,10 +122,10 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
 
 def _read_tensors(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".bin":
-        loaded = _load_bin(path)
+        loaded = load_bin(path)
         yield from ((name, loaded[name]) for name in names)
         return
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         for name in names:
             try:
                 yield name, file.get_tensor(name)

@@ -113,6 +113,9 @@ class FakeEngine:
         for page in self.rows.pop(row).pages:
             del self._page_owner[page]
 
+    def launch(self, steps: Sequence[Step]) -> None:
+        return None
+
     def passes_run(self) -> dict[str, tuple[int, int]]:
         return {}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,8 +39,11 @@ def calibration(answers: Sequence[Answer], levels: int, resamples: int = 2000, c
     if not resamples or not everything:
         return found
     drawn = np.einsum("rp,pkb->rkb", weights(len(prompts), resamples), tables)
-    band = rounded(interval(_errors(drawn), len(prompts), confidence))
-    return Calibration(found.count, found.ece, found.ece_at, found.bins, band)
+    seen = (tables[:, 0] > 0).sum(0)  # prompts with a token in the bin
+    rates = ratio(drawn[:, 2], drawn[:, 0])
+    bands = [rounded(interval(rates[:, i], int(seen[i]), confidence)) for i in range(BINS)]
+    bins = tuple(replace(one, interval=band) for one, band in zip(found.bins, bands, strict=True))
+    return replace(found, bins=bins, interval=rounded(interval(_errors(drawn), len(prompts), confidence)))
 
 
 def _bins(tokens: Iterable[Judged]) -> Array:

@@ -2,7 +2,9 @@
 
 Owns: the paired tests. Must never run a model. The unit is the prompt: a permutation test swaps the two reports prompt
 by prompt, an interval draws prompts anew; p values of positions are Holm's, so no more than one in twenty
-pairs of equal reports shows any of them below 0.05.
+pairs of equal reports shows any of them below 0.05. Survival is over each report's own rounds, and worse drafts start
+their rounds elsewhere, also where the head is surer: a position can rise because later ones fell. Where the first
+difference lies is told by the counterfactual chains, which are judged along the same text in both reports.
 """
 
 from __future__ import annotations
@@ -18,8 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from speculator.bench.bootstrap import Array, interval, ratio, weights
+from speculator.bench.outputs import check_files
 from speculator.bench.plain import RecordError, to_json
-from speculator.bench.records import Interval, Report, read_report
+from speculator.bench.records import Interval, PromptRow, Report, read_report
+from speculator.bench.report.tables import Table as Rows
+from speculator.bench.report.tables import beside
+from speculator.bench.report.terminal import grid
+from speculator.bench.report.words import SYNTHETIC
+from speculator.errors import ConfigError
 
 RESAMPLES = 10_000
 
@@ -38,36 +46,98 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """A against B over the prompts they share."""
+class Paired:
+    """Run B against run A over the prompts they share."""
 
     prompts: int
     only_a: int
     only_b: int
     tau: Difference
     survival: tuple[Difference, ...]  # by position
-    settings: tuple[str, ...]  # what the two runs were asked to do differently
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Paired):
+    """Report B against report A."""
+
+    synthetic: bool = False  # one of the two is, so no difference in acceptance means anything
+    settings: tuple[str, ...] = ()  # what the two runs were asked to do differently
+    equal_to: int | None = None  # chains of up to this depth are judged the same in both; None: it cannot be told
 
 
 def compare(a: Report, b: Report, confidence: float = 0.95, seed: int = 0) -> Comparison:
     """Compare two reports; RecordError when they share fewer than three prompts."""
+    found = paired(a.prompts, b.prompts, confidence, seed)
+    parts = {name: getattr(found, name) for name in Paired.__dataclass_fields__}
+    return Comparison(
+        **parts, synthetic=a.synthetic or b.synthetic, settings=_different(a, b), equal_to=_equal_to(a, b)
+    )
+
+
+def paired(a: Sequence[PromptRow], b: Sequence[PromptRow], confidence: float = 0.95, seed: int = 0) -> Paired:
+    """Compare the prompts of two runs; RecordError when they share fewer than three, or one has two texts."""
     left, right = _rows(a), _rows(b)
     keys = [key for key in left if key in right]
     if len(keys) < 3:
         raise RecordError(f"The reports share {len(keys)} prompts; a paired comparison needs 3.", field="prompts")
+    _check_texts(a, b)
     depth = min(len(left[keys[0]]), len(right[keys[0]])) - 2
     pair = np.array([[side[key][: depth + 2] for key in keys] for side in (left, right)])  # [2, prompts, 2 + depth]
     plan = _Draws(len(keys), seed)
     taus = _test("tau", pair[:, :, 1], pair[:, :, 0], plan, confidence)
     positions = [_test(str(i + 1), pair[:, :, 2 + i], pair[:, :, 0], plan, confidence) for i in range(depth)]
-    return Comparison(
+    return Paired(
         prompts=len(keys),
         only_a=len(left) - len(keys),
         only_b=len(right) - len(keys),
         tau=taus,
-        survival=_holm(positions, 1 - confidence),
-        settings=_different(a, b),
+        survival=holm(positions, 1 - confidence),
     )
+
+
+def _check_texts(a: Sequence[PromptRow], b: Sequence[PromptRow]) -> None:
+    """RecordError when a prompt that both have was not the same text in both, as far as they say what it was."""
+    asked = {(row.set, row.id, row.turn): row.asked for row in a if row.asked}
+    for row in b:
+        if row.asked and asked.get((row.set, row.id, row.turn), row.asked) != row.asked:
+            raise RecordError(
+                f"Prompt {row.id} of {row.set}, turn {row.turn}, is another text in A than in B: only reports on the"
+                " same prompts can be paired.",
+                field="prompts",
+            )
+
+
+def _equal_to(a: Report, b: Report) -> int | None:
+    """Up to which depth counterfactual chains have exactly the same counts; None unless both have them on one text."""
+    left, right = _chains(a), _chains(b)
+    if _text(a) != _text(b):
+        return None
+    depths = sorted(left.keys() & right.keys())
+    if not depths or depths[0] != 1:
+        return None
+    same = 0
+    for depth in depths:
+        if depth != same + 1 or left[depth] != right[depth]:
+            break
+        same = depth
+    return same
+
+
+def _text(report: Report) -> tuple[object, ...]:
+    """What the text of a run without drafts depends on."""
+    s = report.settings
+    return _target(report), s.temperature, s.rule, s.seed, s.max_tokens, s.top_k, s.top_p, s.min_p
+
+
+def _target(report: Report) -> str:
+    """The target by what its files hold, or by its name where that is not known."""
+    return str(report.provenance.get("target_revision") or report.settings.target)
+
+
+def _chains(report: Report) -> dict[int, tuple[int, ...]]:
+    """Rounds, tokens and accepted at every position of each counterfactual chain, by its depth."""
+    chains = [one for one in report.counterfactual if one.shape.branching <= 1 and not one.shape.parents]
+    return {c.shape.depth: (c.figures.rounds, c.figures.tokens, *c.figures.accepted_at) for c in chains}
 
 
 class _Draws:
@@ -79,11 +149,11 @@ class _Draws:
         self.weights = weights(count, RESAMPLES // 4, seed)
 
 
-def _rows(report: Report) -> dict[tuple[str, str], list[int]]:
+def _rows(rows: Sequence[PromptRow]) -> dict[tuple[str, str], list[int]]:
     """[rounds, tokens, accepted at 1, 2, ...] of every prompt, all turns together."""
     found: dict[tuple[str, str], list[int]] = {}
-    depth = max((len(row.accepted_at) for row in report.prompts), default=0)
-    for row in report.prompts:
+    depth = max((len(row.accepted_at) for row in rows), default=0)
+    for row in rows:
         padded = [row.rounds, row.tokens, *row.accepted_at, *[0] * (depth - len(row.accepted_at))]
         before = found.setdefault((row.set, row.id), [0] * (depth + 2))
         found[row.set, row.id] = [x + y for x, y in zip(before, padded, strict=True)]
@@ -110,7 +180,7 @@ def _swapped(over: Array, under: Array, swaps: Array) -> Array:
     return np.nan_to_num(second - first)
 
 
-def _holm(found: Sequence[Difference], level: float) -> tuple[Difference, ...]:
+def holm(found: Sequence[Difference], level: float) -> tuple[Difference, ...]:
     """Holm's step-down adjustment of the p values."""
     order = sorted(range(len(found)), key=lambda i: found[i].p)
     adjusted, highest = list(found), 0.0
@@ -122,31 +192,64 @@ def _holm(found: Sequence[Difference], level: float) -> tuple[Difference, ...]:
 
 
 def _different(a: Report, b: Report) -> tuple[str, ...]:
-    left, right = to_json(a.settings), to_json(b.settings)
+    left, right = ({**to_json(one.settings), "target": _target(one)} for one in (a, b))
     return tuple(f"{name}: {left[name]} against {right[name]}" for name in left if left[name] != right[name])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`speculator bench compare A.json B.json`; exit code 0, 2 for files that cannot be compared."""
+    """`speculator bench compare A.json [B.json]`; exit code 0, 2 for files that cannot be compared."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path, help="a report of `speculator bench acceptance --json`")
-    parser.add_argument("b", type=Path)
+    parser.add_argument(
+        "b", type=Path, nargs="?", help="another; without it the runs of A's sweep stand beside each other"
+    )
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args(argv)
     try:
-        found = compare(read_report(args.a), read_report(args.b), args.confidence)
-    except RecordError as error:
+        _check(args)
+        a = read_report(args.a)
+        found = compare(a, read_report(args.b), args.confidence) if args.b else _pairs(a, args.a)
+    except (RecordError, ConfigError) as error:
         Console(stderr=True).print(error.message, markup=False, style="red")
         return 2
-    show(found, Console())
+    if isinstance(found, Comparison):
+        show(found, Console())
+    else:
+        _show_sweep(a, found, Console())
     if args.json:
-        args.json.write_text(json.dumps(to_json(found), indent=1) + "\n", encoding="utf-8")
+        kept = found if isinstance(found, Comparison) else {"synthetic": a.synthetic, "sweep": a.sweep}
+        args.json.write_text(json.dumps(to_json(kept), indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 0 < args.confidence < 1:
+        raise ConfigError(f"--confidence must lie between 0 and 1, not be {args.confidence}.")
+    check_files(args.json)
+
+
+def _show_sweep(report: Report, found: Rows, console: Console) -> None:
+    _warn(report.synthetic, console)
+    console.print(grid(found))
+
+
+def _warn(synthetic: bool, console: Console) -> None:
+    if synthetic:
+        console.print(SYNTHETIC, markup=False, style="bold yellow")
+
+
+def _pairs(report: Report, path: Path) -> Rows:
+    """What the report says of its own sweep."""
+    found = beside(report)
+    if not found.rows:
+        raise RecordError(f"{path} has no sweep whose runs could stand beside each other: name a second report.")
+    return found
 
 
 def show(found: Comparison, console: Console) -> None:
     """A table on the terminal."""
+    _warn(found.synthetic, console)
     for line in found.settings:
         console.print(f"differs in {line}", markup=False)
     if found.only_a or found.only_b:
@@ -160,3 +263,11 @@ def show(found: Comparison, console: Console) -> None:
         marks = (f"{row.p:.4f}", "yes" if row.significant else "no")
         table.add_row(name, f"{row.a:.3f}", f"{row.b:.3f}", f"{row.difference:+.3f}", band, *marks)
     console.print(table)
+    if found.equal_to is not None:
+        console.print(_begins(found.equal_to, len(found.survival)), markup=False)
+
+
+def _begins(equal_to: int, depth: int) -> str:
+    if equal_to >= depth:
+        return f"Along the text, drafts are judged the same at all of the {depth} positions."
+    return f"Along the text, drafts begin to differ at position {equal_to + 1}."

@@ -1,11 +1,12 @@
 """What every acceptance figure means, and what other engines call it.
 
-Owns: words. They are printed with the figures and stand in every report.
+Owns: words. They are printed with the figures, stand in every report, and make the tables of docs/acceptance.md.
+Must never compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from speculator.bench.records import Name
 
@@ -36,8 +37,14 @@ DEFINITIONS: Mapping[str, str] = {
     " values mean that the target says the same to everybody.",
     "halves": "Two random halves of the prompts measured as if they were two runs: what noise alone does.",
     "seeds": "The same run with another seed.",
+    "ledger": "The mean round of one session, part after part. draft: the head's passes. verify: the target's pass, the"
+    " verdict, the head's catch-up. commit: taking the result over and looking for the end. host: everything else"
+    " between two rounds, over gRPC the server's own work and waiting too. rpc: what a client waits beyond the server. "
+    "A GPU works behind the host: there only the sum of draft and verify is right.",
     "predicted": "Speed-up expected from tau * plain_token / round, with median times of one session.",
-    "measured": "Speed-up found: tokens per second of all timed rounds over that of plain decoding, prompts excluded.",
+    "measured": "Speed-up found: tokens per second by a clock that runs through the timed answers, over that of plain"
+    " decoding in the same run, prompts excluded.",
+    "gap": "predicted / measured - 1: how far the parts on the clock explain the speed-up.",
     "context": "Committed tokens before a round, prompt included.",
 }
 
@@ -52,3 +59,15 @@ NAMES: tuple[Name, ...] = (
     Name("drafted", "num_draft_tokens", "", "total draft tokens"),
     Name("accepted", "num_accepted_tokens", "", "total accepted draft tokens"),
 )  # fmt: skip
+
+
+def markdown() -> str:
+    """The definitions and names as two tables."""
+    meanings = _table(("Figure", "Meaning"), [(f"`{key}`", text) for key, text in DEFINITIONS.items()])
+    rows = [(f"`{n.here}`", n.vllm, n.sglang, n.tensorrt_llm) for n in NAMES]
+    return f"{meanings}\n\n{_table(('Here', 'vLLM', 'SGLang', 'TensorRT-LLM'), rows)}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -114,6 +114,24 @@ def figures(
     return replace(found, intervals=_intervals(Sums(table.resample(drawn)), len(counts), confidence))
 
 
+def mean_tau(
+    sets: Iterable[Iterable[Counted]], levels: int, resamples: int = 2000, confidence: float = 0.95
+) -> tuple[float | None, Interval | None]:
+    """The unweighted mean of tau over sets of prompts, and its interval: prompts are drawn anew inside each set."""
+    tables = [
+        np.array([t.row[:2] for t in tallies(part, levels).values() if t.rounds], dtype=np.float64) for part in sets
+    ]
+    tables = [table for table in tables if len(table)]
+    if not tables:
+        return None, None
+    mean = _number(np.mean([table[:, 1].sum() / table[:, 0].sum() for table in tables]))
+    if not resamples:
+        return mean, None
+    drawn = [(weights(len(table), resamples, seed) @ table).T for seed, table in enumerate(tables)]
+    means = np.mean([ratio(tokens, rounds) for rounds, tokens in drawn], axis=0)
+    return mean, rounded(interval(means, min(len(table) for table in tables), confidence))
+
+
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 6)
 
@@ -132,6 +150,7 @@ def _intervals(sums: Sums, count: int, confidence: float) -> Intervals:
         acceptance_rate=one(sums.acceptance_rate),
         survival=tuple(one(column) for column in sums.survival.T),
         conditional=tuple(one(column) for column in sums.conditional.T),
+        acceptance=tuple(one(column) for column in sums.acceptance.T),
     )
 
 
@@ -185,6 +204,7 @@ def prompt_rows(counted: Iterable[Counted], levels: int) -> tuple[PromptRow, ...
                 tokens=tally.tokens,
                 drafted_at=tuple(tally.drafted),
                 accepted_at=tuple(tally.accepted),
+                asked=answer.asked,
             )
         )
     return tuple(rows)

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from speculator.bench import clock, theory
+from speculator.bench import clock
 from speculator.bench.bootstrap import interval, ratio, split_differences, weights
 from speculator.bench.calibration import calibration, token_classes
 from speculator.bench.counterfactual import cut_all, recorded, walk
 from speculator.bench.definitions import DEFINITIONS, NAMES
-from speculator.bench.figures import Counted, as_recorded, by_answer, figures, grouped, prompt_rows, tallies
-from speculator.bench.forced import Found, draft_everywhere
-from speculator.bench.ngram import lookup
-from speculator.bench.outcomes import Outcome
+from speculator.bench.figures import Counted, as_recorded, by_answer, figures, grouped, mean_tau, prompt_rows, tallies
+from speculator.bench.forced import Found
+from speculator.bench.ngram import NAME, lookup, rounds_along
+from speculator.bench.plain import RecordError
+from speculator.bench.player import EnginePlayer, Player
 from speculator.bench.prompts import Prompt, PromptError
 from speculator.bench.recording import Answer, Recording, done
 from speculator.bench.records import (
@@ -31,10 +32,10 @@ from speculator.bench.records import (
     Settings,
     Shape,
     Split,
-    SweepPoint,
+    Time,
 )
 from speculator.bench.repetition import repeated_share, repetition
-from speculator.bench.rounds import ChatTokenizer, Key, Plan, play
+from speculator.bench.rounds import ChatTokenizer, Key, Plan
 from speculator.engine import Engine
 from speculator.sampling import GREEDY_BELOW
 from speculator.types import DraftShape, Rule, SamplingParams
@@ -57,20 +58,27 @@ class Wishes:
 
 
 class Bench:
-    """An engine, a tokenizer and prompts, on which runs are played."""
+    """An engine (or another player), a tokenizer and prompts, on which runs are played."""
 
     def __init__(
-        self, engine: Engine, tokenizer: ChatTokenizer, prompts: Sequence[Prompt], wishes: Wishes, progress: Progress
+        self,
+        player: Engine | Player,
+        tokenizer: ChatTokenizer,
+        prompts: Sequence[Prompt],
+        wishes: Wishes,
+        progress: Progress,
     ) -> None:
-        self.engine, self.tokenizer, self.prompts = engine, tokenizer, prompts
+        self.player: Player = EnginePlayer(player) if isinstance(player, Engine) else player
+        self.tokenizer, self.prompts = tokenizer, prompts
         self.wishes, self.progress, self.notes = wishes, progress, list[str]()
 
     def run(self, plan: Plan, recording: Recording | None = None, label: str = "recording") -> list[Answer]:
         """All answers, in the order of the prompts; those in `recording` already are not asked again."""
         recording = recording or Recording(None, {})
+        self._check_texts(recording)
         have: dict[Key, Answer] = done(recording.answers)
-        turns = sum(len(prompt.turns) for prompt in self.prompts) - len(have)
-        played = play(self.engine, self.tokenizer, self.prompts, plan, have, self.notes)
+        turns = sum((p.set, p.id, turn + 1) not in have for p in self.prompts for turn in range(len(p.turns)))
+        played = self.player.play(self.tokenizer, self.prompts, plan, have, self.notes)
         for answer in self.progress(played, turns, label):
             recording.add(answer)
         order = {(prompt.set, prompt.id): i for i, prompt in enumerate(self.prompts)}
@@ -78,13 +86,25 @@ class Bench:
         known = [answer for answer in recording.answers if (answer.set, answer.id) in order]
         return sorted(known, key=lambda a: (order[a.set, a.id], a.turn))
 
+    def _check_texts(self, recording: Recording) -> None:
+        """RecordError when a recorded answer is one to another text than the prompt of its name has now."""
+        prompts = {(prompt.set, prompt.id): prompt for prompt in self.prompts}
+        for answer in recording.answers:
+            prompt = prompts.get((answer.set, answer.id))
+            if prompt and answer.asked and answer.asked != prompt.fingerprint(answer.turn):
+                raise RecordError(
+                    f"{recording.path}: prompt {answer.id} of {answer.set} was another text when it was recorded:"
+                    " name another file.",
+                    field="asked",
+                )
+
     def figures(self, counted: Iterable[Counted], levels: int) -> Figures:
         return figures(counted, levels, self.wishes.resamples, self.wishes.confidence)
 
     def warm_up(self, plan: Plan) -> None:
         """A few rounds that nobody counts."""
         short = replace(plan, tokens=min(8, plan.tokens))
-        for _ in play(self.engine, self.tokenizer, self.prompts[: plan.rows], short, {}):
+        for _ in self.player.play(self.tokenizer, self.prompts[: plan.rows], short, {}):
             pass
 
     def report(
@@ -97,11 +117,9 @@ class Bench:
         if not answers:
             raise PromptError("No prompt leaves room for an answer in the context of this model.")
         counted, levels = as_recorded(answers), plan.shape.depth
-        sets = {
-            name: replace(self.figures(part, levels), repeated_4grams=_repeated(part))
-            for name, part in by_answer(counted, lambda a: a.set).items()
-        }
-        taus = [row.tau for row in sets.values() if row.tau is not None]
+        parts = by_answer(counted, lambda a: a.set)
+        sets = {n: replace(self.figures(p, levels), repeated_4grams=_repeated(p)) for n, p in parts.items()}
+        mean, band = mean_tau(parts.values(), levels, self.wishes.resamples, self.wishes.confidence)
         others = self._counterfactual(plan, answers)
         return Report(
             schema=SCHEMA,
@@ -110,7 +128,8 @@ class Bench:
             provenance=provenance,
             settings=settings,
             temperature=settings.temperature,
-            mean_tau=round(sum(taus) / len(taus), 6) if taus else None,
+            mean_tau=mean,
+            mean_tau_interval=band,
             overall=replace(self.figures(counted, levels), repeated_4grams=_repeated(counted)),
             sets=sets,
             groups=grouped(counted, levels, self.wishes.resamples, self.wishes.confidence),
@@ -122,21 +141,12 @@ class Bench:
             calibration=calibration(answers, levels, self.wishes.resamples, self.wishes.confidence),
             theory=self._theory(plan),
             repetition=repetition(answers),
-            noise=(*self._halves(counted, levels), *self._seeds(plan, counted, levels)),
+            noise=(*halves_split(counted, levels), *self._seeds(plan, counted, levels)),
             time=self._time(plan, others),
             prompts=prompt_rows(counted, levels),
             definitions=DEFINITIONS,
             names=NAMES,
             notes=tuple(self.notes),
-        )
-
-    def point(self, plan: Plan, head: str = "") -> SweepPoint:
-        """A further run of a sweep: its figures alone."""
-        assert plan.shape is not None
-        answers = self.run(plan, label=f"T {plan.sampling.temperature:g}, {plan.sampling.rule.value}")
-        found = self.figures(as_recorded(answers), plan.shape.depth)
-        return SweepPoint(
-            shape_of(plan.shape), plan.sampling.temperature, plan.sampling.rule.value, plan.sampling.seed, found, head
         )
 
     # counterfactual shapes
@@ -159,7 +169,7 @@ class Bench:
         def have(answer: Answer) -> Found:
             return {plan.shape: recorded(answer)} if plan.shape else {}
 
-        drafted = draft_everywhere(self.engine, answers, shapes, plan.sampling, plan.rows, have)
+        drafted = self.player.draft_everywhere(answers, shapes, plan.sampling, plan.rows, have)
         found = {}
         names = self.progress(
             (found.update({(a.key, s): drafts for s, drafts in each.items()}) or a for a, each in drafted),
@@ -195,10 +205,10 @@ class Bench:
             return ()
         depth = plan.shape.depth
         if text_is_fixed(plan.sampling):
-            counted: list[Counted] = [(answer, _looked_up(answer, depth)) for answer in answers]
+            counted: list[Counted] = [(answer, rounds_along(answer, depth)) for answer in answers]
         else:
             counted = as_recorded(self.run(replace(plan, drafter=lambda t: lookup(t, depth)), label="prompt look-up"))
-        return (Baseline("prompt look-up, 3-grams", Shape(depth), self.figures(counted, depth)),)
+        return (Baseline(NAME, Shape(depth), self.figures(counted, depth)),)
 
     def _theory(self, plan: Plan) -> Any:
         if not self.wishes.theory or plan.shape is None:
@@ -207,18 +217,7 @@ class Bench:
             self.notes.append("No theoretical acceptance: at temperature 0 it is what was measured.")
             return None
         prompts = [self.tokenizer.encode_chat(prompt.turns[0]) for prompt in self.prompts]
-        return theory.theoretical(
-            self.engine, prompts, plan.sampling, plan.shape.depth, plan.tokens, plan.rows, plan.ends
-        )
-
-    def _halves(self, counted: Sequence[Counted], levels: int) -> tuple[Split, ...]:
-        counts = [tally for tally in tallies(counted, levels).values() if tally.rounds]
-        if len(counts) < 4:
-            return ()
-        rows = np.array([[tally.tokens, tally.rounds] for tally in counts], dtype=np.float64)
-        a, b = split_differences(rows[:, 0], rows[:, 1])
-        apart = np.abs(a - b)
-        return (Split("halves", *_rounded(a[0], b[0], float(np.median(apart)), float(np.quantile(apart, 0.95)))),)
+        return self.player.theory(prompts, plan, plan.shape.depth, self.wishes.resamples, self.wishes.confidence)
 
     def _seeds(self, plan: Plan, counted: Sequence[Counted], levels: int) -> tuple[Split, ...]:
         if self.wishes.seeds < 2 or plan.sampling.temperature < GREEDY_BELOW:
@@ -227,11 +226,15 @@ class Bench:
         again = as_recorded(self.run(other, label="another seed"))
         return (seed_split(counted, again, levels),)
 
-    def _time(self, plan: Plan, others: Sequence[Counterfactual]) -> Any:
+    def _time(self, plan: Plan, others: Sequence[Counterfactual]) -> Time | None:
         if not self.wishes.timed:
             return None
         taus = {o.shape.depth: o.figures.tau for o in others if o.shape.branching <= 1 and not o.shape.parents}
-        return clock.measure(self.engine, self.tokenizer, self.prompts[: self.wishes.timed], plan, taus)
+        wishes, timed = self.wishes, self.prompts[: self.wishes.timed]
+        found = clock.measure(self.player, self.tokenizer, timed, plan, taus, wishes.resamples, wishes.confidence)
+        if found is not None:
+            self.notes += [*self.player.notes, *clock.doubts(found)]
+        return found
 
 
 def text_is_fixed(sampling: SamplingParams) -> bool:
@@ -268,6 +271,17 @@ def _drawn(plan: Plan, wanted: Sequence[DraftShape]) -> list[DraftShape]:
     return list(dict.fromkeys([whole, *chain, *trees]))
 
 
+def halves_split(counted: Sequence[Counted], levels: int) -> tuple[Split, ...]:
+    """tau of two halves of the prompts; none with fewer than four prompts."""
+    counts = [tally for tally in tallies(counted, levels).values() if tally.rounds]
+    if len(counts) < 4:
+        return ()
+    rows = np.array([[tally.tokens, tally.rounds] for tally in counts], dtype=np.float64)
+    a, b = split_differences(rows[:, 0], rows[:, 1])
+    apart = np.abs(a - b)
+    return (Split("halves", *_rounded(a[0], b[0], float(np.median(apart)), float(np.quantile(apart, 0.95)))),)
+
+
 def seed_split(counted: Sequence[Counted], again: Sequence[Counted], levels: int, resamples: int = 2000) -> Split:
     """tau under two seeds; the floor is what their difference stays below when prompts are drawn anew."""
     a, b = tallies(counted, levels), tallies(again, levels)
@@ -282,11 +296,6 @@ def seed_split(counted: Sequence[Counted], again: Sequence[Counted], levels: int
 
 def _rounded(*values: float) -> tuple[float, ...]:
     return tuple(round(float(value), 6) for value in values)
-
-
-def _looked_up(answer: Answer, depth: int) -> list[Outcome]:
-    text = answer.whole
-    return walk(answer, lambda base: lookup(text[:base], depth))
 
 
 def _repeated(counted: Sequence[Counted]) -> float | None:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:  # they need triton
 
 RANK, ROPE, PAGE = 512, 64, 64
 SCALE = (RANK + ROPE) ** -0.5
-LOOP_US, LOOPS, REPLAYS = 20_000, 20, 9
+LOOP_US, LOOPS, REPLAYS = 8_000, 20, 7
+WRONG = 0.05  # further from float32 attention than that, a time means nothing
 
 
 class Cell(NamedTuple):
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"provenance": provenance()}
     print(json.dumps(report["provenance"]), flush=True)
     with torch.inference_mode():
-        report |= {"tune": tune(args)} if args.tune else {"cells": table(args), "lazy": lazy(args)}
+        report |= {"variants": variants(args)} if args.variants else {"cells": table(args), "lazy": lazy(args)}
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flash-mla", metavar="DIR", help="library or folder of FlashMLA; without, only ours is timed")
     parser.add_argument("--json", type=Path, help="write the report there")
-    parser.add_argument("--tune", action="store_true", help="time every configuration of our kernels instead")
+    parser.add_argument("--variants", action="store_true", help="time every variant of our kernels instead")
     parser.add_argument("--heads", type=int, nargs="+", default=[128, 16])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096, 16384, 65536])
@@ -239,45 +240,85 @@ def _verdict(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"fresh plan, batch 1, up to 4096: at least {least:.2f} of FlashMLA's speed"
 
 
-# ---- tuning ----
+# ---- variants ----
 
 
-def tune(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The time of every configuration for every cell, with a fresh plan and a reused one."""
+def variants(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The times of every variant of our kernels for every cell, beside FlashMLA's, and the table that they suggest."""
     rows: list[dict[str, Any]] = []
     for cell, f in _cells(args):
-        found = {str(tuple(config)): _try(config, f) for config in _configs()}
-        times = {name: value for name, value in found.items() if isinstance(value, tuple)}
-        best = min(times, key=lambda name: times[name][1]) if times else "none"
-        rows.append({**cell._asdict(), "times": found, "best": best})
-        print(cell, "best", best, found, flush=True)
+        found = {name: _try(config, f) for name, config in _configs().items()}
+        flash = _flash_times(f) if args.flash_mla else {}
+        rows.append({**cell._asdict(), "times": found, **flash})
+        print(_variant_line(rows[-1]), flush=True)
+    for line in _choices(rows):
+        print(line, flush=True)
     return rows
 
 
-def _configs() -> list[Config]:
-    from target.kernels.mla import HOPPER, Config
+def _configs() -> dict[str, Config]:
+    from target.kernels.mla import HOPPER, SEESAW
 
-    portable = [Config(16, 8, 2), Config(32, 8, 2), Config(64, 8, 2), Config(64, 8, 1)]
-    return [HOPPER._replace(grain=grain) for grain in (1, 2, 4, 8)] + portable
+    chained = {"hopper": HOPPER._replace(chained=True), "seesaw": SEESAW._replace(chained=True)}
+    found = {"hopper": HOPPER} | {f"{name}, chained": config for name, config in chained.items()}
+    return found | {f"{name}, chained, grain 2": config._replace(grain=2) for name, config in chained.items()}
 
 
 def _try(config: Config, f: Field) -> tuple[float, float] | str:
+    """Microseconds with a fresh plan and with a reused one, or why there are none."""
     from target.attention.mla_triton import TritonSplits
 
-    backend = TritonSplits(f.caches[0], RANK, config=config)
-    heads = f.q.shape[2]
     try:
-        state = backend.prepare(f.batch, heads)
-        off = error(f, backend.attend(state, f.batch, f.q, f.latents(0), SCALE))
-        if not off < 0.05:
-            return f"wrong by {off}"
-        fresh = microseconds(
-            lambda turn: backend.attend(backend.prepare(f.batch, heads), f.batch, f.q, f.latents(turn), SCALE)
-        )
-        reused = microseconds(lambda turn: backend.attend(state, f.batch, f.q, f.latents(turn), SCALE))
+        times = _times("", TritonSplits(f.caches[0], RANK, config=config), f)
     except Exception as failure:  # a configuration that does not fit the device is a result, not the end of the run
         return f"{type(failure).__name__}: {str(failure)[:160]}"
-    return round(fresh, 1), round(reused, 1)
+    return (round(times["_fresh"], 1), round(times["_reused"], 1)) if times["_error"] < WRONG else "wrong"
+
+
+def _flash_times(f: Field) -> dict[str, float]:
+    try:
+        return {name: round(value, 1) for name, value in _times("flash_mla", FlashMla(f.caches[0], RANK), f).items()}
+    except (RuntimeError, PlanError) as failure:
+        print("FlashMLA failed:", failure, flush=True)
+        return {}
+
+
+def _timed(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    return {name: times for name, times in row["times"].items() if not isinstance(times, str)}
+
+
+def _variant_line(row: dict[str, Any]) -> str:
+    text = "heads {heads:3} batch {batch:2} length {length:5} queries {queries}:".format(**row)
+    if "flash_mla_reused" in row:
+        text += " FlashMLA {flash_mla_fresh:.1f} fresh {flash_mla_reused:.1f} reused;".format(**row)
+    for name, times in row["times"].items():
+        text += f" {name}: " + (times if isinstance(times, str) else f"{times[0]:.1f} {times[1]:.1f}")
+        if "flash_mla_reused" in row and not isinstance(times, str):
+            text += f" ({row['flash_mla_fresh'] / times[0]:.2f}x {row['flash_mla_reused'] / times[1]:.2f}x)"
+        text += ";"
+    return text
+
+
+def _choices(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """For all lengths of one (rows, batch) together, what each variant costs over the best of each length."""
+    for pairs, batch in sorted({(row["heads"] * row["queries"], row["batch"]) for row in rows}, reverse=True):
+        cells = [_timed(row) for row in rows if (row["heads"] * row["queries"], row["batch"]) == (pairs, batch)]
+        losses = _losses(cells)
+        shown = ", ".join(f"{name} +{loss:.0%}" for name, loss in sorted(losses.items(), key=lambda one: one[1]))
+        yield f"rows {pairs:4} batch {batch:2}: {shown or 'nothing ran everywhere'}"
+
+
+def _losses(cells: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Mean loss of each variant that ran in every cell against the fastest there, fresh and reused plans alike."""
+    everywhere = set.intersection(*(set(cell) for cell in cells))
+    best = [[min(times[kind] for times in cell.values()) for kind in (0, 1)] for cell in cells if cell]
+    return {
+        name: statistics.fmean(
+            cell[name][kind] / least[kind] for cell, least in zip(cells, best, strict=True) for kind in (0, 1)
+        )
+        - 1
+        for name in everywhere
+    }
 
 
 # ---- what a stale plan does ----

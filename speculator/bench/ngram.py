@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from speculator.bench.counterfactual import walk
+from speculator.bench.outcomes import Outcome
+from speculator.bench.recording import Answer
 from speculator.types import Draft
 
+LONGEST = 3
+NAME = f"prompt look-up, {LONGEST}-grams"
 
-def lookup(tokens: Sequence[int], depth: int, longest: int = 3) -> Draft:
+
+def lookup(tokens: Sequence[int], depth: int, longest: int = LONGEST) -> Draft:
     """A chain of at most `depth` tokens that followed the latest earlier occurrence of the last `longest`, then fewer.
 
     Empty when even the last token is new.
@@ -20,6 +26,12 @@ def lookup(tokens: Sequence[int], depth: int, longest: int = 3) -> Draft:
         if found := _after_last(tokens, size, depth):
             return Draft(found, tuple(range(-1, len(found) - 1)))
     return Draft()
+
+
+def rounds_along(answer: Answer, depth: int) -> list[Outcome]:
+    """The rounds that prompt look-up would have had along a text that drafts cannot change."""
+    text = answer.whole
+    return walk(answer, lambda base: lookup(text[:base], depth))
 
 
 def _after_last(tokens: Sequence[int], size: int, depth: int) -> tuple[int, ...]:

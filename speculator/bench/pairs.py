@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from speculator.bundled import find_pairs
-from speculator.config import load
+from speculator.config import Config, load
 from speculator.engine import Engine
 from speculator.errors import ConfigError
 from speculator.load import load_engine
@@ -39,10 +39,14 @@ class Pair(NamedTuple):
     head: str
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments every in-process bench takes."""
+def add_arguments(parser: argparse.ArgumentParser, several_heads: bool = False) -> None:
+    """The arguments every in-process bench takes; several heads become `heads`, a list."""
     parser.add_argument("--target", help="target folder (default: the bundled pair)")
-    parser.add_argument("--head", help="head folder")
+    if several_heads:
+        text = "head folders, `mtp` for modules in the target's; the first gets the whole report, all are a sweep"
+        parser.add_argument("--head", dest="heads", metavar="HEAD", nargs="+", action="extend", default=[], help=text)
+    else:
+        parser.add_argument("--head", help="head folder")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 is torch's choice")
     parser.add_argument("--prompts", type=Path, help="JSONL with `turns` or `prompt`, or a text file of one a line")
@@ -52,16 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_pair(args: argparse.Namespace, rows: int = 1, more: Mapping[str, object] | None = None) -> Pair:
     """The pair that the arguments name; `more` are further keys of the configuration."""
+    config = pair_config(args, rows, more)
+    target = config.model.target
+    return Pair(load_engine(config), load_tokenizer(Path(target)), Path(target), config.model.head)
+
+
+def pair_config(args: argparse.Namespace, rows: int = 1, more: Mapping[str, object] | None = None) -> Config:
+    """The configuration of `load_pair`."""
     target, head = args.target, args.head or ""
     if not target:
         pairs = find_pairs()
         if not pairs:
             raise ConfigError("No target is named and no bundled pair is here: give --target PATH and --head PATH.")
-        target, head = str(pairs[0].target), str(pairs[0].head)
+        target, head = str(pairs[0].target), head or str(pairs[0].head)
     sets = {"model.target": target, "model.head": head, "model.device": args.device, "engine.threads": args.threads}
     sets |= more or {}
-    config = load(None, [f"{key}={value}" for key, value in sets.items()] + [f"engine.max_sessions={rows}"])
-    return Pair(load_engine(config), load_tokenizer(Path(target)), Path(target), head)
+    return load(None, [f"{key}={value}" for key, value in sets.items()] + [f"engine.max_sessions={rows}"])
 
 
 def read_prompts(path: Path | None, limit: int) -> list[str]:

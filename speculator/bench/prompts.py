@@ -7,6 +7,7 @@ taken as they stand in the files; nothing is wrapped around them but the chat te
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ class Prompt:
     set: str
     category: str
     turns: tuple[str, ...]
+
+    def fingerprint(self, turn: int) -> str:
+        """Of the texts up to `turn`, counted from 1."""
+        return hashlib.sha256("\0".join(self.turns[:turn]).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,10 @@ def _lines(path: Path) -> list[str]:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
         return text.split("\n")  # splitlines() would also split at U+2028, which JSON leaves as it is
+    except FileNotFoundError:
+        raise PromptError(
+            f"{path} cannot be read: there is no such file; prompt sets are named by their path."
+        ) from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read as UTF-8 text: {error}") from None
 

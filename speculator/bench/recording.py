@@ -20,7 +20,7 @@ FORMAT = "speculator/recording-1"
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One verified draft. Times are seconds of the engine step that it was part of."""
+    """One verified draft. Times are seconds of the engine step that it was part of, its parts one after the other."""
 
     base: int  # committed tokens before it, prompt included
     tokens: tuple[int, ...]  # drafted
@@ -33,7 +33,10 @@ class Round:
     draft: float = 0.0
     host: float = 0.0
     sessions: int = 1  # rounds in the step
-    alone: bool = True  # no prompt was read in the step
+    alone: bool = True  # no prompt was read in the step; over gRPC: no other session was part of it
+    commit: float = 0.0  # taking the result over
+    rpc: float = 0.0  # on the way to a server and back; 0 in process
+    at: float = 0.0  # on the clock of its run, when it was committed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Answer:
     tokens: tuple[int, ...]
     stopped: bool  # at an end mark, not at the limit
     rounds: tuple[Round, ...]
+    asked: str = ""  # fingerprint of the texts that were asked, this turn the last
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -100,8 +104,11 @@ class Recording:
             self._file.close()
 
     def _begin(self, path: Path, settings: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise RecordError(f"{path} cannot be written: {error.strerror}.") from None
         self._file.write(json.dumps({"format": FORMAT, "settings": settings}) + "\n")
         self._file.flush()
 

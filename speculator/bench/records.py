@@ -60,6 +60,7 @@ class Intervals:
     acceptance_rate: Interval | None = None
     survival: tuple[Interval | None, ...] = ()
     conditional: tuple[Interval | None, ...] = ()
+    acceptance: tuple[Interval | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class CalibrationBin:
     count: int
     confidence: float | None  # mean
     acceptance: float | None
+    interval: Interval | None = None  # of `acceptance`
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ class Theory:
     acceptance: tuple[float | None, ...]
     measured: tuple[float | None, ...]  # conditional acceptance of the same rounds
     count: tuple[int, ...]
+    intervals: tuple[Interval | None, ...] = ()  # of `acceptance`
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +171,22 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Where the mean round goes."""
+    """Where the mean round goes. The parts follow each other; `wall` is the same round by a clock of its own."""
 
     rounds: int
     draft: float
     verify: float
     host: float
-    round: float  # the sum
+    round: float  # the sum of the parts
+    commit: float = 0.0
+    rpc: float = 0.0  # 0 in process
+    wall: float = 0.0
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """The parts that took time, in the order in which they are shown."""
+        names = ("draft", "verify", "commit", "host", "rpc")
+        return {name: spent for name in names if (spent := float(getattr(self, name)))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,18 +211,8 @@ class Time:
     measured: float  # speed-up, tokens per second of wall time over plain decoding's
     costs: tuple[Cost, ...] = ()
     recommended_depth: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SweepPoint:
-    """Another run on the same prompts."""
-
-    shape: Shape
-    temperature: float
-    rule: str
-    seed: int
-    figures: Figures
-    head: str = ""
+    gap: float | None = None  # predicted / measured - 1
+    interval: Interval | None = None  # of `measured`
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,35 @@ class PromptRow:
     tokens: int
     drafted_at: tuple[int, ...]
     accepted_at: tuple[int, ...]
+    asked: str = ""  # fingerprint of the texts that were asked, where it is known
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """A run of a sweep beside an earlier one that differs from it in one choice, paired over prompts."""
+
+    point: int  # of the earlier run, counted from 0
+    difference: float  # in tau, this run minus that one
+    interval: Interval | None
+    p: float  # Holm's, over all pairs of the sweep
+    significant: bool
+    positions: tuple[int, ...] = ()  # from 1, where survival differs by more than chance
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """Another run on the same prompts."""
+
+    shape: Shape
+    temperature: float
+    rule: str
+    seed: int
+    figures: Figures
+    head: str = ""
+    method: str = ""  # as in the settings
+    noise: tuple[Split, ...] = ()
+    against: tuple[Against, ...] = ()
+    prompts: tuple[PromptRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +296,7 @@ class Report:
     definitions: Mapping[str, str] = field(default_factory=dict)  # of the figures, by their name
     names: tuple[Name, ...] = ()
     notes: tuple[str, ...] = ()  # what a reader must know: figures left out and why
+    mean_tau_interval: Interval | None = None
 
 
 def report_to_json(report: Report) -> dict[str, Any]:

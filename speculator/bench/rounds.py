@@ -35,7 +35,10 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to play. `drafter` makes the drafts in place of the head; `shape` None is plain decoding."""
+    """How to play. `drafter` makes the drafts in place of the head; `shape` None is plain decoding.
+
+    Without `record` the answers have no rounds: only there to see what writing them down costs.
+    """
 
     sampling: SamplingParams
     shape: DraftShape | None
@@ -43,6 +46,7 @@ class Plan:
     rows: int  # answers at a time
     ends: frozenset[int] = frozenset()
     drafter: Drafter | None = None
+    record: bool = True
 
 
 class Job(NamedTuple):
@@ -51,6 +55,21 @@ class Job(NamedTuple):
     prompt: Prompt
     turn: int  # from 1
     tokens: list[int]
+
+
+class End(NamedTuple):
+    """Where an answer is over."""
+
+    length: int
+    stopped: bool  # by an end mark, not by the limit
+
+
+def end_of(written: Sequence[int], limit: int, ends: frozenset[int]) -> End | None:
+    """The end of an answer of at most `limit` tokens; None while it goes on."""
+    stop = next((i + 1 for i, token in enumerate(written[:limit]) if token in ends), None)
+    if stop or len(written) >= limit:
+        return End(stop or limit, stop is not None)
+    return None
 
 
 @dataclass
@@ -73,12 +92,8 @@ class _Live:
             s.draft = drafter(s.tokens)
         return s.round()
 
-    def end(self, ends: frozenset[int]) -> tuple[int, bool] | None:
-        """Tokens of the answer and whether an end mark ends it, once it is over."""
-        stop = next((i + 1 for i, token in enumerate(self.written[: self.limit]) if token in ends), None)
-        if stop or len(self.written) >= self.limit:
-            return stop or self.limit, stop is not None
-        return None
+    def end(self, ends: frozenset[int]) -> End | None:
+        return end_of(self.written, self.limit, ends)
 
 
 def play(
@@ -90,8 +105,8 @@ def play(
     notes: list[str] | None = None,
 ) -> Iterator[Answer]:
     """Answers as they end; turns that are in `have` are not asked again, and `notes` names those that are too long."""
-    room = _room(engine.info)
-    waiting = _fitting(_open_jobs(tokenizer, prompts, have), room, notes)
+    room = room_of(engine.info)
+    waiting = fitting(_open_jobs(tokenizer, prompts, have), room, notes)
     live: list[_Live] = []
     free = list(range(plan.rows))
     clock = Clock()
@@ -101,15 +116,20 @@ def play(
         steps = [one.next(plan.drafter) for one in live]
         results = engine.step(steps)
         clock.tick(engine, steps)
-        for one, step, result in zip(list(live), steps, results, strict=True):
-            _take(one, step, result, clock)
-            if (over := one.end(plan.ends)) is not None:
+        for one, step, result in zip(live, steps, results, strict=True):
+            one.sequence.take(step, result)
+        over = [one.end(plan.ends) for one in live]
+        clock.committed()
+        for one, step, result, end in zip(list(live), steps, results, over, strict=True):
+            if plan.record and step.draft is not None:
+                one.rounds.append(_round(one, step.draft, result, clock))
+            if end is not None:
                 live.remove(one)
                 free.append(one.sequence.row)
                 engine.close(one.sequence.row)
-                answer = _answer(one, *over)
+                answer = _answer(one, end)
                 yield answer
-                waiting = [*_fitting(_following(tokenizer, one.job.prompt, answer, have), room, notes), *waiting]
+                waiting = [*fitting(_following(tokenizer, one.job.prompt, answer, have), room, notes), *waiting]
 
 
 def answer_seed(seed: int, key: Key) -> int:
@@ -119,11 +139,14 @@ def answer_seed(seed: int, key: Key) -> int:
 
 
 class Clock:
-    """Seconds of the newest step; `host` is everything since the step before that was no device work."""
+    """Seconds of the newest step, part by part; the parts follow each other, so that nothing is counted twice.
+
+    `commit` is taking the results over, `host` everything since the step before that was neither that nor device work.
+    """
 
     def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self.verify = self.draft = self.host = 0.0
+        self._start = self._last = time.perf_counter()
+        self.verify = self.draft = self.host = self.commit = self.at = 0.0
         self.sessions, self.alone = 0, True
 
     def tick(self, engine: Engine, steps: Sequence[Step]) -> None:
@@ -134,14 +157,19 @@ class Clock:
         self.alone = self.sessions == len(steps)
         self._last = now
 
+    def committed(self) -> None:
+        now = time.perf_counter()
+        self.commit, self.at, self._last = now - self._last, now - self._start, now
 
-def _room(info: EngineInfo) -> int:
+
+def room_of(info: EngineInfo) -> int:
     """Tokens that a row can hold."""
     share = (info.total_pages - 1) // info.max_rows
     return min(info.max_context, share * info.page_size - info.scratch_tokens)
 
 
-def _fitting(jobs: Iterable[Job], room: int, notes: list[str] | None) -> list[Job]:
+def fitting(jobs: Iterable[Job], room: int, notes: list[str] | None) -> list[Job]:
+    """The jobs that leave room for an answer; `notes` names the others."""
     fit = []
     for job in jobs:
         if len(job.tokens) < room:
@@ -154,14 +182,19 @@ def _fitting(jobs: Iterable[Job], room: int, notes: list[str] | None) -> list[Jo
 def _open_jobs(tokenizer: ChatTokenizer, prompts: Iterable[Prompt], have: dict[Key, Answer]) -> Iterator[Job]:
     """The first turn of each prompt that is not there yet."""
     for prompt in prompts:
-        if job := _job(tokenizer, prompt, 1, [], have):
+        if job := next_job(tokenizer, prompt, have):
             yield job
 
 
 def _following(tokenizer: ChatTokenizer, prompt: Prompt, answer: Answer, have: dict[Key, Answer]) -> Iterator[Job]:
     have[answer.key] = replace(answer, rounds=())
-    if job := _job(tokenizer, prompt, 1, [], have):
+    if job := next_job(tokenizer, prompt, have):
         yield job
+
+
+def next_job(tokenizer: ChatTokenizer, prompt: Prompt, have: dict[Key, Answer]) -> Job | None:
+    """The first turn of a prompt that has no answer in `have`; None when all have one."""
+    return _job(tokenizer, prompt, 1, [], have)
 
 
 def _job(
@@ -183,33 +216,35 @@ def _asked(tokenizer: ChatTokenizer, said: list[dict[str, str]]) -> str | list[d
 
 def _begin(engine: Engine, job: Job, row: int, plan: Plan, room: int) -> _Live:
     seed = answer_seed(plan.sampling.seed, (job.prompt.set, job.prompt.id, job.turn))
-    sequence = LocalSequence(engine, row, replace(plan.sampling, seed=seed), plan.shape)
+    drafting = plan.shape if plan.drafter is None else None
+    sequence = LocalSequence(engine, row, replace(plan.sampling, seed=seed), drafting)
     sequence.tokens = list(job.tokens)
     return _Live(job, sequence, seed, min(plan.tokens, room - len(job.tokens)))
 
 
-def _take(live: _Live, step: Step, result: StepResult, clock: Clock) -> None:
-    base = len(live.sequence.tokens)
-    live.sequence.take(step, result)
-    if (draft := step.draft) is not None:
-        live.rounds.append(
-            Round(
-                base, draft.tokens, draft.parents, draft.logprobs, result.accepted, result.tokens, result.logprobs,
-                clock.verify, clock.draft, clock.host, clock.sessions, clock.alone,
-            )
-        )  # fmt: skip
+def _round(live: _Live, draft: Draft, result: StepResult, clock: Clock) -> Round:
+    base = len(live.sequence.tokens) - len(result.tokens)
+    return Round(
+        base, draft.tokens, draft.parents, draft.logprobs, result.accepted, result.tokens, result.logprobs,
+        clock.verify, clock.draft, clock.host, clock.sessions, clock.alone, clock.commit, 0.0, clock.at,
+    )  # fmt: skip
 
 
-def _answer(live: _Live, length: int, stopped: bool) -> Answer:
-    job = live.job
+def _answer(live: _Live, end: End) -> Answer:
+    return answer_of(live.job, live.seed, live.written[: end.length], end.stopped, live.rounds)
+
+
+def answer_of(job: Job, seed: int, tokens: Sequence[int], stopped: bool, rounds: Sequence[Round]) -> Answer:
+    """What is written down of a job that is over."""
     return Answer(
         id=job.prompt.id,
         set=job.prompt.set,
         category=job.prompt.category,
         turn=job.turn,
-        seed=live.seed,
+        seed=seed,
         prompt=tuple(job.tokens),
-        tokens=tuple(live.written[:length]),
+        tokens=tuple(tokens),
         stopped=stopped,
-        rounds=tuple(live.rounds),
+        rounds=tuple(rounds),
+        asked=job.prompt.fingerprint(job.turn),
     )

@@ -17,7 +17,7 @@ from speculator.heads.base import TargetWeights
 from speculator.heads.eagle3 import Eagle3Head
 from speculator.heads.record import HeadRecord
 from speculator.load import build_engine, resolve_device
-from target.config import parse_config
+from target.config import ModelConfig, parse_config
 from target.decoder import Decoder
 
 LLAMA_8B: Mapping[str, Any] = dict(
@@ -33,9 +33,26 @@ LLAMA_8B: Mapping[str, Any] = dict(
     max_position_embeddings=4096,
     torch_dtype="bfloat16",
 )
+QWEN3_8B: Mapping[str, Any] = {
+    **LLAMA_8B, "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "intermediate_size": 12288,
+    "head_dim": 128, "num_hidden_layers": 36, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+}  # fmt: skip
+LLAMA_1B: Mapping[str, Any] = {
+    **LLAMA_8B, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+# What one of four tensor-parallel ranks holds of a 70B: heads, inner columns and vocabulary divided, no all-reduce.
+LLAMA_70B_SHARE: Mapping[str, Any] = {
+    **LLAMA_8B, "vocab_size": 32064, "hidden_size": 8192, "intermediate_size": 7168, "num_hidden_layers": 80,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128,
+}  # fmt: skip
 # name -> config.json, draft vocabulary of the EAGLE-3 head
 SHAPES: Mapping[str, tuple[Mapping[str, Any], int]] = {
     "llama-8b": (LLAMA_8B, 32000),
+    "llama-3.1-8b": (LLAMA_8B, 32000),
+    "qwen3-8b": (QWEN3_8B, 32000),
+    "llama-3.2-1b": (LLAMA_1B, 32000),
+    "llama-3.1-70b-tp4": (LLAMA_70B_SHARE, 8000),
     "llama-tiny": ({**LLAMA_8B, "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
                     "num_attention_heads": 4, "num_key_value_heads": 2, "torch_dtype": "float32"}, 256),
 }  # fmt: skip
@@ -55,11 +72,11 @@ def _pair(raw: Mapping[str, Any], draft_vocab: int, device: torch.device) -> tup
     dtype: torch.dtype = getattr(torch, raw["torch_dtype"])
     with torch.device("meta"):
         target = Decoder(parse_config(raw))
-    target = _random(target, dtype, device)
+    target = random_weights(target, dtype, device)
     with torch.device("meta"):
         shared = TargetWeights(target.embed.weight, target.head_weight)
-        head = Eagle3Head(_record(target, draft_vocab), shared, target.config.num_layers)
-    head = _random(head, dtype, device)
+        head = Eagle3Head(eagle3_record(target.config, draft_vocab), shared, target.config.num_layers)
+    head = random_weights(head, dtype, device)
     head.target_ids = torch.arange(draft_vocab, device=device)
     return target, head
 
@@ -67,7 +84,7 @@ def _pair(raw: Mapping[str, Any], draft_vocab: int, device: torch.device) -> tup
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def _random(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
+def random_weights(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
     """Weights of the size that training starts from, made on the device."""
     module = module.to(dtype).to_empty(device=device)
     with torch.no_grad():
@@ -76,8 +93,9 @@ def _random(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
     return module.requires_grad_(False).eval()
 
 
-def _record(target: Decoder, draft_vocab: int) -> HeadRecord:
-    c = target.config
+def eagle3_record(target: ModelConfig, draft_vocab: int) -> HeadRecord:
+    """Of an EAGLE-3 head with a layer like the target's."""
+    c = target
     return HeadRecord(
         kind="eagle3",
         hidden_size=c.hidden_size,

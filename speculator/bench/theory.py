@@ -13,7 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from speculator.bench.records import Theory
+from speculator.bench.bootstrap import Array, interval, ratio, weights
+from speculator.bench.figures import rounded
+from speculator.bench.records import Interval, Theory
+from speculator.bench.rounds import room_of
 from speculator.drafting import Drafted, Start
 from speculator.engine import Engine
 from speculator.local import LocalSequence
@@ -70,13 +73,17 @@ def theoretical(
     tokens: int,
     rows: int,
     ends: frozenset[int] = frozenset(),
+    resamples: int = 0,
+    confidence: float = 0.95,
 ) -> Theory:
     """Mean 1 - TV(p, q) per position of chains of `depth` over rounds of up to `tokens` tokens after each prompt.
 
     `sampling` must have a temperature; its rule is replaced by rejection, under which a position's acceptance is
     1 - TV(p, q) by construction. Two measurements of one thing, then: `acceptance` and `measured` must agree.
+    Prompts that leave no room for an answer are left out.
     """
-    sums = torch.zeros(3, depth, dtype=torch.float64)  # acceptance in theory, accepted, judged
+    prompts = [prompt for prompt in prompts if len(prompt) < room_of(engine.info)]
+    sums = torch.zeros(len(prompts), 3, depth, dtype=torch.float64)  # acceptance in theory, accepted, judged
     rounds = 0
     with listening(engine) as listener:
         for start in range(0, len(prompts), rows):
@@ -86,15 +93,23 @@ def theoretical(
                 _sequence(engine, row, prompt, replace(drawn, seed=sampling.seed + start + row), depth)
                 for row, prompt in chosen
             ]
-            rounds += _run(engine, listener, group, sums, tokens, ends)
-    theory, accepted, judged = sums.tolist()
+            rounds += _run(engine, listener, group, sums[start : start + rows], tokens, ends)
+    theory, accepted, judged = sums.sum(0).tolist()
     return Theory(
         rule=Rule.REJECTION.value,
         rounds=rounds,
         acceptance=_means(theory, judged),
         measured=_means(accepted, judged),
         count=tuple(int(n) for n in judged),
+        intervals=_intervals(sums.numpy(), resamples, confidence) if resamples and prompts else (),
     )
+
+
+def _intervals(sums: Array, resamples: int, confidence: float) -> tuple[Interval | None, ...]:
+    """Over prompts, of sums [prompts, 3, depth]."""
+    drawn = weights(len(sums), resamples)
+    rates = ratio(drawn @ sums[:, 0], drawn @ sums[:, 2])
+    return tuple(rounded(interval(column, len(sums), confidence)) for column in rates.T)
 
 
 def _sequence(engine: Engine, row: int, prompt: Sequence[int], sampling: SamplingParams, depth: int) -> LocalSequence:
@@ -114,9 +129,10 @@ def _run(
     tokens: int,
     ends: frozenset[int],
 ) -> int:
-    """Rounds of a group until all are over; adds to `sums` [3, depth]."""
-    rounds, limit = 0, {s.row: len(s.tokens) + tokens for s in group}
-    live = [s for s in group if s.tokens[-1] not in ends]
+    """Rounds of a group until all are over; adds to `sums` [group, 3, depth]."""
+    most = room_of(engine.info)
+    rounds, limit = 0, {s.row: min(len(s.tokens) - 1 + tokens, most) for s in group}  # one token is there
+    live = [s for s in group if s.tokens[-1] not in ends and len(s.tokens) < limit[s.row]]
     while live:
         steps = [s.round() for s in live]
         held = [engine.rows.q(s.row, s.draft.draft_id) if s.draft else None for s in live]
@@ -124,8 +140,9 @@ def _run(
         results = engine.step(steps)
         assert listener.logits is not None
         p = probabilities(scores(listener.logits, sampling, None), sampling)
-        for i, result in enumerate(results):
-            _add(sums, p[i], held[i], len(result.accepted))
+        for i, (s, result) in enumerate(zip(live, results, strict=True)):
+            room = _room(result.tokens, ends, limit[s.row] - len(s.tokens))
+            _add(sums[s.row], p[i], held[i], len(result.accepted), room)
         rounds += len(live)
         news = [s.take(step, result) for s, step, result in zip(live, steps, results, strict=True)]
         live = [s for s, new in zip(live, news, strict=True) if not ends & {*new} and len(s.tokens) < limit[s.row]]
@@ -134,11 +151,16 @@ def _run(
     return rounds
 
 
-def _add(sums: Tensor, p: Tensor, q: Tensor | None, accepted: int) -> None:
-    """One round: p [T, V] after each node (the root first), q [depth, V]."""
+def _room(tokens: Sequence[int], ends: frozenset[int], left: int) -> int:
+    """How many of a round's tokens lie inside an answer of `left` more at most, an end mark being its last."""
+    return min(left, next((i + 1 for i, token in enumerate(tokens) if token in ends), left))
+
+
+def _add(sums: Tensor, p: Tensor, q: Tensor | None, accepted: int, room: int) -> None:
+    """One round: p [T, V] after each node (the root first), q [depth, V]; positions past `room` count for nothing."""
     if q is None:
         return
-    reached = min(accepted + 1, len(q))
+    reached, accepted = min(accepted + 1, len(q), room), min(accepted, room)
     sums[0, :reached] += torch.minimum(p[:reached], q[:reached].to(p.dtype)).sum(-1).cpu()
     sums[1, :accepted] += 1
     sums[2, :reached] += 1

@@ -1,4 +1,4 @@
-"""The commands: `speculator serve | demo | generate | client | inspect | bench | train`.
+"""The commands: `speculator serve | demo | generate | client | inspect | bench | train | invariant`.
 
 Owns: flags, help texts, and what a user reads when something is wrong: one sentence and an exit code. Must never
 import torch, grpc or a model library before a command needs it.
@@ -49,7 +49,13 @@ Depth = Annotated[int | None, typer.Option(help="Levels of drafted tokens, 0 to 
 Branching = Annotated[int | None, typer.Option(help="1 drafts a chain, k > 1 a dynamic tree with top-k k.")]
 Nodes = Annotated[int | None, typer.Option(help="Drafted nodes of a dynamic tree, at most 63.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of one pass; 0 is torch's own choice.")]
-Graphs = Annotated[str | None, typer.Option(help="Recorded passes: auto, off, split or piecewise.")]
+Graphs = Annotated[str | None, typer.Option(help="Recorded passes: auto, off, split, piecewise or round.")]
+Policy = Annotated[
+    str | None, typer.Option(help="auto: as deep as pays off, by measured costs; off: always the draft's own shape.")
+]
+Invariant = Annotated[
+    bool, typer.Option("--invariant", help="The same tokens whatever head, draft or batch they came by; slower.")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the configuration; repeatable."),
@@ -86,9 +92,17 @@ def serve(
     nodes: Nodes = None,
     threads: Threads = None,
     graphs: Graphs = None,
+    policy: Policy = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; another than loopback needs TLS.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Accept plain text on an open address.")] = False,
+    tensor_parallel: Annotated[
+        int | None, typer.Option("--tensor-parallel", help="Ranks that share the target, one device each.")
+    ] = None,
+    head_parallel: Annotated[
+        str | None, typer.Option("--head-parallel", help="Where ranks share: replicate or shard the draft head.")
+    ] = None,
+    invariant: Invariant = False,
     sets: Sets = None,
 ) -> None:
     """Serve drafts and verification over gRPC until SIGTERM or Ctrl-C, then drain.
@@ -103,7 +117,8 @@ def serve(
     from speculator.cli.run import run_server
 
     flags = (config, target, head, device, dtype, depth, branching, nodes, threads, graphs)
-    run_server(Flags(*flags, host, port, insecure or None, sets or (), pair))
+    ranks = (tensor_parallel, head_parallel)
+    run_server(Flags(*flags, host, port, insecure or None, sets or (), pair, policy, invariant or None, *ranks))
 
 
 @app.command()
@@ -123,7 +138,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among the k best; 0 is off.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text, with or without drafts.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text, with or without drafts.")
+    ] = 0,
     stats: Annotated[bool, typer.Option("--stats", help="Print acceptance to stderr at the end.")] = False,
     config: ConfigFile = None,
     pair: BundledPair = None,
@@ -136,11 +153,13 @@ def generate(
     nodes: Nodes = None,
     threads: Threads = None,
     graphs: Graphs = None,
+    invariant: Invariant = False,
     sets: Sets = None,
 ) -> None:
     """Write an answer to a prompt, streamed to stdout.
 
     With --server the server's tokenizer reads the prompt as it is; give --target for the chat template of that folder.
+    For a server with TLS or tokens there is `speculator client generate`.
 
     \b
     Examples:
@@ -152,7 +171,8 @@ def generate(
 
     ask = Ask(read_prompt(prompt, file), raw, plain, max_new_tokens, temperature, top_p, top_k, seed, stats)
     shape = (depth, branching, nodes)
-    flags = Flags(config, target, head, device, dtype, *shape, threads, graphs, sets=sets or (), pair=pair)
+    models = (config, target, head, device, dtype, *shape, threads, graphs)
+    flags = Flags(*models, sets=sets or (), pair=pair, invariant=invariant or None)
     run_generate(ask, flags, server)
 
 
@@ -170,6 +190,7 @@ def demo(
     nodes: Nodes = None,
     threads: Threads = None,
     graphs: Graphs = None,
+    invariant: Invariant = False,
     sets: Sets = None,
 ) -> None:
     """Draft and verify a handful of prompts over gRPC, in colour, and check every text against plain decoding.
@@ -185,7 +206,8 @@ def demo(
     from speculator.cli.run import run_demo
 
     shape = (depth, branching, nodes)
-    flags = Flags(config, target, head, device, dtype, *shape, threads, graphs, sets=sets or (), pair=pair)
+    models = (config, target, head, device, dtype, *shape, threads, graphs)
+    flags = Flags(*models, sets=sets or (), pair=pair, invariant=invariant or None)
     raise Exit(run_demo(flags, new_tokens))
 
 
@@ -256,6 +278,14 @@ def train(
     options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     options += ["--workers", str(workers), "--pace", str(pace), *(["--force"] if force else [])]
     raise Exit(run_train(recipe, stages, options))
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def invariant(context: typer.Context) -> None:
+    """Certify that no head, draft, batch or prompt chunk changes a committed token; `--help` lists the options."""
+    from speculator.invariant import main as certify
+
+    raise Exit(certify(context.args))
 
 
 # ---- what goes wrong

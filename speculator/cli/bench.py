@@ -13,11 +13,15 @@ import typer
 BENCHES = {
     "latency": ("speculator.bench.latency", "Tokens a second with and without drafts, beside transformers."),
     "acceptance": ("speculator.bench.acceptance", "Accept length and acceptance by position over prompt sets."),
+    "recording": ("speculator.bench.overhead", "What writing every round down costs, with and without it in turns."),
     "report": ("speculator.bench.report.command", "A report file as a page, a table, plots; vLLM's records as one."),
     "compare": ("speculator.bench.compare", "Two acceptance reports on the same prompts, paired."),
     "graphs": ("speculator.bench.graphs", "Recorded passes beside eager ones: speed, equality, what capture takes."),
     "gqa": ("speculator.bench.gqa", "Grouped-query attention on a GPU, beside FlashAttention-3 and SDPA."),
+    "skinny": ("speculator.bench.skinny", "Products of few rows on a GPU beside cuBLAS; rebuilds their table."),
     "mla": ("speculator.bench.mla", "Lazily planned MLA attention on a GPU, beside the real FlashMLA."),
+    "round": ("speculator.bench.round", "The time of a round, its ledger and floor, beside vLLM and torch.compile."),
+    "ranks": ("speculator.bench.ranks", "Passes and rounds over several ranks; or how broken gangs end (--starts)."),
     "rpc": ("speculator.bench.rpc", "One step over gRPC beside a raw echo of the same bytes."),
 }
 

@@ -84,7 +84,7 @@ def generate(
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer in tokens.")
     ] = 256,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy; default: the server's.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="The target alone, without drafts.")] = False,
 ) -> None:
     """Let the server run the loop, and stream the text.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from speculator.engine import Engine
+    from speculator.policy import DepthPolicy
     from speculator.tokenizer import FolderTokenizer
 
 KEYS = {
@@ -33,9 +34,13 @@ KEYS = {
     "nodes": "draft.nodes",
     "threads": "engine.threads",
     "graphs": "graphs.mode",
+    "policy": "policy.mode",
     "host": "server.host",
     "port": "server.port",
     "insecure": "server.insecure",
+    "invariant": "engine.invariant",
+    "tensor_parallel": "parallel.tensor",
+    "head_parallel": "parallel.head",
 }
 
 
@@ -58,6 +63,10 @@ class Flags:
     insecure: bool | None = None
     sets: Sequence[str] = ()
     pair: str | None = None
+    policy: str | None = None
+    invariant: bool | None = None
+    tensor_parallel: int | None = None
+    head_parallel: str | None = None
 
     @property
     def overrides(self) -> list[str]:
@@ -90,6 +99,13 @@ def load_engine(config: Config) -> Engine:
         from speculator.load import load_engine as load_models  # torch comes here
 
         return load_models(config, tick)
+
+
+def load_policy(config: Config, engine: Engine) -> DepthPolicy | None:
+    """How deep to draft, as the configuration wants it; None: always as deep as it says."""
+    from speculator.load import depth_policy
+
+    return depth_policy(config, engine)
 
 
 def load_tokenizer(config: Config) -> FolderTokenizer | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from speculator import __version__
 from speculator.cli.client import connect
-from speculator.cli.models import Flags, configure, load_engine, load_tokenizer, progress
+from speculator.cli.models import Flags, configure, load_engine, load_policy, load_tokenizer, progress
 from speculator.cli.paint import Painter, Speech
 from speculator.client import Sampling, Stats, Stopping
 from speculator.client.wire import tallied
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from speculator.server import Server
     from speculator.tokenizer import FolderTokenizer
     from speculator.translate import About
+    from speculator.types import DraftShape
+    from speculator.watch import AcceptanceWatch
 
 ONE_SESSION = "engine.max_sessions=1"
 
@@ -41,24 +44,55 @@ ONE_SESSION = "engine.max_sessions=1"
 
 def run_server(flags: Flags) -> None:
     """Load, listen, and drain when told to go."""
-    from speculator.core import DrafterCore
-    from speculator.server import new_loop, serve
+    from speculator.server import check_listening
     from speculator.watch import watch_of
 
     config = configure(flags)
     limits = config.server
     watch = watch_of(limits.acceptance_baseline, limits.acceptance_alarm_rounds)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING  # ranks do the same: one speaks
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if config.parallel.ranks > 1:
+        _run_ranks(config, watch)
+    else:
+        check_listening(limits)
+        _serve(config, load_engine(config), watch)
+
+
+def _run_ranks(config: Config, watch: AcceptanceWatch | None) -> None:
+    """One process of several: rank 0 serves, the others run what it tells."""
+    from speculator.load import load_engine as load_models
+    from speculator.ranks.process import Process
+
+    with Process(config) as process:
+        with progress("loading") as tick:
+            engine = load_models(config, process.noting(tick), process.team)
+        if process.rank:
+            process.follow(engine)
+        else:
+            _serve(config, engine, watch, lambda: process.lead(engine))
+
+
+def _serve(
+    config: Config, engine: Engine, watch: AcceptanceWatch | None, serving: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until told to go; `serving` is called once the port is open."""
+    from speculator.core import DrafterCore
+    from speculator.server import new_loop, serve
+
+    limits = config.server
     tokenizer = load_tokenizer(config)
-    engine = load_engine(config)
     about = _about(config, engine, tokenizer)
+    policy = load_policy(config, engine)
+
+    def ready(server: Server) -> None:
+        serving()
+        _announce(server, config, engine)
 
     async def run() -> None:
-        idle = limits.session_idle_timeout_s
-        core = DrafterCore(engine, max_queued=limits.max_queued_steps, idle_timeout=idle, watch=watch)
-        await serve(
-            core, config, about=about, tokenizer=tokenizer, ready=lambda server: _announce(server, config, engine)
-        )
+        idle, queued = limits.session_idle_timeout_s, limits.max_queued_steps
+        core = DrafterCore(engine, max_queued=queued, idle_timeout=idle, watch=watch, policy=policy)
+        await serve(core, config, about=about, tokenizer=tokenizer, ready=ready)
 
     with asyncio.Runner(loop_factory=lambda: new_loop(config.server)) as runner:
         runner.run(run())
@@ -89,7 +123,7 @@ def _announce(server: Server, config: Config, engine: Engine) -> None:
         "head": f"{info.draft_model} ({info.draft_method})" if engine.head else "none: nothing is drafted",
         "limits": f"{info.max_rows} sessions of {info.max_context} tokens; {info.total_pages - 1} pages of "
         f"{info.page_size} tokens",
-        "draft": str(info.default_shape),
+        "draft": _shape(info.default_shape),
         "security": _security(config),
         "metrics": f"http://{host}:{server.metrics_port}/metrics" if server.metrics_port else "off",
     }
@@ -101,6 +135,14 @@ def _announce(server: Server, config: Config, engine: Engine) -> None:
             + ", ".join(f"{f.name}={getattr(engine.head.record, f.name)}" for f in fields(engine.head.record))
         )
     sys.stdout.flush()
+
+
+def _shape(shape: DraftShape) -> str:
+    if not shape.depth:
+        return "nothing, unless a client asks for it"
+    if shape.is_chain:
+        return f"chains of {shape.depth}"
+    return f"dynamic trees of {shape.nodes} nodes, {shape.depth} levels, top-{shape.branching}"
 
 
 def _security(config: Config) -> str:
@@ -258,6 +300,8 @@ def run_inspect(
     """Report on a folder; with `probe` measure what its file leaves open."""
     from speculator.inspect import inspect_folder, self_check
 
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder; give the folder that holds config.json and the weights.")
     if probe and target is None:
         raise ConfigError("--probe measures a head on its target: give --target as well.")
     given = dict(_pair(text) for text in overrides)

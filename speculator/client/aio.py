@@ -180,7 +180,7 @@ class AsyncClient(AsyncSteps):
             async with asyncio.timeout(timeout):
                 await self._channel.channel_ready()
         except TimeoutError:
-            raise ConnectionLostError(f"no server at {self._endpoint.address} after {timeout:g} s") from None
+            raise ConnectionLostError(self._endpoint.silence(timeout)) from None
 
     async def generate(
         self,

@@ -180,7 +180,7 @@ class Client(Steps):
         try:
             grpc.channel_ready_future(self._channel).result(timeout)
         except grpc.FutureTimeoutError:
-            raise ConnectionLostError(f"no server at {self._endpoint.address} after {timeout:g} s") from None
+            raise ConnectionLostError(self._endpoint.silence(timeout)) from None
 
     def generate(
         self,

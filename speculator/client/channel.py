@@ -55,8 +55,8 @@ class Tls:
             raise ConfigError("a client certificate needs its key and the key its certificate: give both or neither")
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Reads the files; ConfigError names the one that cannot be read."""
-        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
+        """Reads the files; ConfigError names the one that cannot be read or holds something else."""
+        return grpc.ssl_channel_credentials(_read_pem(self.ca), _read_pem(self.key), _read_pem(self.cert))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,10 @@ class Endpoint:
             rows += (("x-session-id", session_id), ("session_id", session_id))  # Envoy and Istio; Ray Serve
         return rows
 
+    def silence(self, seconds: float) -> str:
+        """The sentence for a server that did not answer: one with TLS is silent to plain text, and the reverse."""
+        return f"no server at {self.address} after {seconds:g} s, asked {'over TLS' if self.tls else 'in plain text'}"
+
     def channel(self) -> grpc.Channel:
         if self.tls:
             return grpc.secure_channel(self.address, self.tls.credentials(), self.options)
@@ -113,6 +117,13 @@ def read_token(path: str | Path) -> str:
     if not token:
         raise ConfigError(f"the token file {path} holds no token")
     return token
+
+
+def _read_pem(path: str) -> bytes | None:
+    data = _read(path)
+    if data is not None and b"-----BEGIN " not in data:
+        raise ConfigError(f"{path} is no PEM file")  # gRPC would only say that there is no server
+    return data
 
 
 def _read(path: str) -> bytes | None:

@@ -103,12 +103,16 @@ class Opening:
 
 
 class Timing(NamedTuple):
-    """Server-side seconds of one step; `batch` sessions shared it."""
+    """Server-side seconds of one step; `batch` sessions shared it.
+
+    `total` is from its arrival to its answer, on a Draft stream; 0 elsewhere.
+    """
 
     queue: float = 0.0
     draft: float = 0.0
     verify: float = 0.0
     batch: int = 0
+    total: float = 0.0
 
 
 class Stats(NamedTuple):

@@ -160,7 +160,8 @@ def read_finish(number: int) -> FinishReason:
 
 
 def read_timing(timing: drafter_pb2.Timing) -> Timing:
-    return Timing(timing.queue_us / 1e6, timing.draft_us / 1e6, timing.verify_us / 1e6, timing.batch_size)
+    queue, draft, verify = timing.queue_us / 1e6, timing.draft_us / 1e6, timing.verify_us / 1e6
+    return Timing(queue, draft, verify, timing.batch_size, timing.total_us / 1e6)
 
 
 def read_stats(stats: drafter_pb2.AcceptanceStats) -> Stats:

@@ -18,6 +18,7 @@ from target.cache import LayerShape
 from target.config import ModelConfig
 from target.layers import GatedMLP, RMSNorm, SelfAttention
 from target.model import Hidden
+from target.readout import Asked, Readout, Reads
 from target.rope import Rope
 
 
@@ -29,7 +30,7 @@ class TargetWeights(NamedTuple):
     config: ModelConfig | None = None  # for heads whose layers are of the target's own kind
 
 
-class DraftHead(nn.Module, ABC):
+class DraftHead(Reads, nn.Module, ABC):
     """Row t pairs the target's feature at position t with the embedding of token t + 1; its output drafts token t + 2.
 
     Shapes: R rows, T tokens, H head width, Vd draft vocabulary. `first_layer` is the number of the head's first layer
@@ -103,8 +104,16 @@ class DraftHead(nn.Module, ABC):
         """Output g -> the hidden of the next recursive step."""
 
     @abstractmethod
+    def lm_input(self, output: Tensor) -> Tensor:
+        """Output g [..., H] -> what the lm_head reads."""
+
     def logits(self, output: Tensor) -> Tensor:
         """Output g [..., H] -> draft logits [..., Vd]."""
+        return self.project(self.lm_input(output))
+
+    def read(self, output: Tensor, asked: Asked) -> Readout | None:
+        """What is asked about `logits(output)`, g [..., H] as N rows; None where they have to be written first."""
+        return self.ask(self.lm_input(output), self.lm_table, nn.functional.linear, asked)
 
     @property
     def embedding_table(self) -> Tensor:
@@ -114,12 +123,15 @@ class DraftHead(nn.Module, ABC):
     def embedding(self, tokens: Tensor) -> Tensor:
         return nn.functional.embedding(tokens, self.embedding_table)
 
-    def project(self, normed: Tensor) -> Tensor:
-        """The lm_head: the head's own, its embedding table, or the target's lm_head."""
+    @property
+    def lm_table(self) -> Tensor:
+        """[Vd, H]; the head's own lm_head, its embedding table, or the target's lm_head."""
         if self.lm_head is not None:
-            return self.lm_head(normed)  # type: ignore[no-any-return]
-        table = self.embedding_table if self.record.lm_head_is_embed else self.shared.lm_head
-        return nn.functional.linear(normed, table)
+            return self.lm_head.weight
+        return self.embedding_table if self.record.lm_head_is_embed else self.shared.lm_head
+
+    def project(self, normed: Tensor) -> Tensor:
+        return nn.functional.linear(normed, self.lm_table)
 
 
 def head_attention(record: HeadRecord, layer: int, in_size: int) -> SelfAttention:
@@ -151,5 +163,5 @@ class PlainLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         normed = x if self.input_norm is None else self.input_norm(x)
-        x = x + self.attention(normed, cos, sin, attend)
-        return x + self.mlp(self.post_norm(x))  # type: ignore[no-any-return]
+        x, normed = self.post_norm.after(x, self.attention(normed, cos, sin, attend))
+        return x + self.mlp(normed)  # type: ignore[no-any-return]

@@ -59,8 +59,15 @@ def _foreign_family(config: Mapping[str, Any], shapes: Shapes) -> str | None:
     speculators = config.get("speculators_model_type")
     if speculators is not None:
         return _speculators_family(str(speculators))
-    named = next((_ARCHITECTURES[a] for a in config.get("architectures") or () if a in _ARCHITECTURES), None)
+    named = next((_ARCHITECTURES[a] for a in _architectures(config) if a in _ARCHITECTURES), None)
     return named or _family_by_tensors(config, shapes)
+
+
+def _architectures(config: Mapping[str, Any]) -> Sequence[str]:
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"config.json: architectures must be a list of names, got {names!r}")
+    return names
 
 
 def _speculators_family(kind: str) -> str | None:
@@ -114,6 +121,6 @@ def _eagle_kind(config: Mapping[str, Any], published: Collection[str], shapes: S
 
 def is_whole_model(published: Collection[str]) -> bool:
     """A target: embedding, a normed first layer, and nothing that fuses features."""
-    names = {name.removeprefix("model.") for name in published}
+    names = {name.removeprefix("model.").removeprefix("language_model.") for name in published}
     fuses = any(name.startswith(("fc.", "fusion_fc.", "midlayer.")) or "hidden_norm" in name for name in names)
     return not fuses and {"embed_tokens.weight", "layers.0.input_layernorm.weight"} <= names

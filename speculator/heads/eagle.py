@@ -49,8 +49,8 @@ class EagleHead(DraftHead):
     def recycle(self, output: Tensor) -> Tensor:
         return self._normed(output) if self.record.norm_output else output
 
-    def logits(self, output: Tensor) -> Tensor:
-        return self.project(self._normed(output))
+    def lm_input(self, output: Tensor) -> Tensor:
+        return self._normed(output)
 
     def _normed(self, output: Tensor) -> Tensor:
         return output if self.head_norm is None else self.head_norm(output)

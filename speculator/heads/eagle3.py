@@ -32,8 +32,9 @@ class WideLayer(nn.Module):
         normed = self.hidden_norm(hidden)
         embedding = embedding if self.input_norm is None else self.input_norm(embedding)
         residual = normed if self.norm_before_residual else hidden
-        x = residual + self.attention(torch.cat((embedding, normed), dim=-1), cos, sin, attend)
-        return x + self.mlp(self.post_norm(x))  # type: ignore[no-any-return]
+        mixed = self.attention(torch.cat((embedding, normed), dim=-1), cos, sin, attend)
+        x, normed = self.post_norm.after(residual, mixed)
+        return x + self.mlp(normed)  # type: ignore[no-any-return]
 
 
 class Eagle3Head(DraftHead):
@@ -74,8 +75,8 @@ class Eagle3Head(DraftHead):
     def recycle(self, output: Tensor) -> Tensor:
         return self._normed(output) if self.record.norm_output else output
 
-    def logits(self, output: Tensor) -> Tensor:
-        return self.project(self._normed(output))
+    def lm_input(self, output: Tensor) -> Tensor:
+        return self._normed(output)
 
     def _normed(self, output: Tensor) -> Tensor:
         return output if self.norm is None else self.norm(output)

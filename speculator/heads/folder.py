@@ -73,7 +73,7 @@ class HeadFolder:
         value = self.config.get(key)
         if value is None:
             return None
-        if not isinstance(value, int) or value <= 0:
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise CheckpointError(f"config.json: {key} must be a positive integer, got {value!r}")
         return value
 

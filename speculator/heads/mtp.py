@@ -16,8 +16,7 @@ from speculator.heads.record import HeadRecord
 from target.attention.base import Attend
 from target.cache import LayerShape
 from target.config import ModelConfig
-from target.decoder import DecoderLayer, cache_layer_shape, decoder_rope
-from target.layers import RMSNorm
+from target.decoder import DecoderLayer, cache_layer_shape, decoder_norm, decoder_rope
 
 
 class MtpHead(DraftHead):
@@ -31,11 +30,9 @@ class MtpHead(DraftHead):
         super().__init__(record, shared, first_layer)
         config = _config(shared)
         self.rope = decoder_rope(replace(config, rope=record.rope))
-        self.embedding_norm, self.hidden_norm, self.norm = (
-            RMSNorm(record.hidden_size, record.norm_eps) for _ in range(3)
-        )
+        self.embedding_norm, self.hidden_norm, self.norm = (decoder_norm(config) for _ in range(3))
         self.eh_proj = nn.Linear(2 * record.hidden_size, record.hidden_size, bias=False)
-        self.layer = DecoderLayer(config, first_layer)
+        self.layer = DecoderLayer(config, _number(config, first_layer), first_layer)
         self.later = nn.ModuleList(
             MtpHead(replace(record, modules=1), shared, first_layer + i) for i in range(1, record.modules)
         )
@@ -70,8 +67,14 @@ class MtpHead(DraftHead):
     def recycle(self, output: Tensor) -> Tensor:
         return self.norm(output) if self.record.norm_output else output
 
-    def logits(self, output: Tensor) -> Tensor:
-        return self.project(self.norm(output))
+    def lm_input(self, output: Tensor) -> Tensor:
+        return self.norm(output)  # type: ignore[no-any-return]
+
+
+def _number(config: ModelConfig, cache_layer: int) -> int:
+    """A module's layer as the config counts them: all layers of the target come first, also those without a cache."""
+    recurrent = len(config.delta.layers) if config.delta else 0
+    return cache_layer + recurrent
 
 
 def _config(shared: TargetWeights) -> ModelConfig:

@@ -16,11 +16,12 @@ from torch import Tensor
 from speculator.errors import CheckpointError
 from speculator.heads.detect import mtp_like
 from speculator.heads.mtp import mtp_record
-from speculator.heads.mtp_names import LAYOUTS, Modules, find_modules, mtp_slots
+from speculator.heads.mtp_names import LAYOUTS, Modules, MtpLayout, find_modules, mtp_slots
 from speculator.heads.overrides import Choice, Overrides
 from speculator.heads.reading import HeadFile, TargetFacts, note_overrides
 from speculator.heads.record import HeadRecord
 from target.config import ModelConfig, load_config, read_json
+from target.config_hybrid import text_config
 from target.weights import WeightFiles, check_names
 
 _CLAIMS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -35,14 +36,29 @@ def read_mtp(folder: Path, target: TargetFacts | None, overrides: Overrides) -> 
     if found is None:
         raise CheckpointError(_why_none(files.names()))
     _check_target(config, target)
-    return _Reading(folder, config, files, found).file(overrides)
+    raw = text_config(read_json(folder / "config.json"), "config.json")
+    _check_layers(found, raw)
+    return _Reading(folder, config, raw, files, found).file(overrides)
 
 
 def _why_none(names: Collection[str]) -> str:
     if foreign := mtp_like(names):
-        known = " and ".join(f"{layout.prefix}N.{next(iter(layout.own))} ({layout.family})" for layout in LAYOUTS)
+        known = " and ".join(f"{_own_name(layout)} ({layout.family})" for layout in LAYOUTS)
         return f"MTP modules named {', '.join(foreign[:3])} are not run; those named {known} are"
     return "this folder holds a whole model, not a draft head; give it as the target (it has no MTP modules)"
+
+
+def _own_name(layout: MtpLayout) -> str:
+    return f"{layout.outer or f'{layout.prefix}N.'}{next(iter(layout.own))}"
+
+
+def _check_layers(found: Modules, raw: Mapping[str, Any]) -> None:
+    """What nobody has published in a layout of one module."""
+    if found.layout.outer and found.number > 1:
+        text = f"{found.number} MTP layers behind one projection are not run, only one"
+        raise CheckpointError(f"{text}; published models of {found.layout.family} have one")
+    if raw.get("mtp_use_dedicated_embeddings"):
+        raise CheckpointError("mtp_use_dedicated_embeddings true is not supported: modules read the target's embedding")
 
 
 def _check_target(config: ModelConfig, target: TargetFacts | None) -> None:
@@ -58,8 +74,10 @@ def _check_target(config: ModelConfig, target: TargetFacts | None) -> None:
 class _Reading:
     """One reading of one folder."""
 
-    def __init__(self, folder: Path, config: ModelConfig, files: WeightFiles, found: Modules) -> None:
-        self.folder, self.config, self.files, self.found = folder, config, files, found
+    def __init__(
+        self, folder: Path, config: ModelConfig, raw: Mapping[str, Any], files: WeightFiles, found: Modules
+    ) -> None:
+        self.folder, self.config, self.raw, self.files, self.found = folder, config, raw, files, found
         self.choices: dict[str, Choice] = {}
         self.warnings: list[str] = []
 
@@ -111,7 +129,7 @@ class _Reading:
 
     def _modules(self) -> int:
         """By name: repacked folders often keep the claim without the tensors, or the tensors without the claim."""
-        count, raw = self.found.number, read_json(self.folder / "config.json")
+        count, raw = self.found.number, self.raw
         for key in (key for key in _CLAIMS if raw.get(key) not in (None, count)):
             self.warnings.append(f"modules: config {key} says {raw[key]}, the tensors say {count}; using the tensors")
         return int(self._pick("modules", count, "tensor names", ("1",) if count > 1 else ()))

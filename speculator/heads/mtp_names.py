@@ -10,9 +10,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from speculator.heads.record import HeadRecord
-from target.config import ModelConfig
+from target.config import FAMILIES, ModelConfig
 from target.names import FUSED_EXPERTS, layer_slots
 from target.weights import Slot
+
+COMMON_CLAIM = "num_nextn_predict_layers"
 
 
 class MtpLayout(NamedTuple):
@@ -24,6 +26,8 @@ class MtpLayout(NamedTuple):
     tables: Mapping[str, str]  # the same for tables over the vocabulary, which may be left out
     numbered_on: bool  # modules are numbered on from the target's layers, not from 0
     hidden_first: bool
+    outer: str = ""  # prefix of `own` where all modules would share those, so that a folder can hold one module only
+    claim: str = COMMON_CLAIM  # the config's key for the number of modules
 
     def at(self, module: int, config: ModelConfig) -> str:
         """The prefix of a module, with its dot."""
@@ -31,6 +35,15 @@ class MtpLayout(NamedTuple):
 
     def first(self, config: ModelConfig) -> int:
         return config.num_layers if self.numbered_on else 0
+
+    def own_names(self, module: int, config: ModelConfig) -> dict[str, str]:
+        """Published name -> our parameter, of what a module holds beside its layer."""
+        prefix = self.outer or self.at(module, config)
+        return {f"{prefix}{name}": parameter for name, parameter in self.own.items()}
+
+    def in_common(self, names: Collection[str]) -> set[str]:
+        """Those of `names` that modules share."""
+        return {f"{self.outer}{name}" for name in self.own} & set(names) if self.outer else set()
 
 
 _DEEPSEEK = {
@@ -45,11 +58,18 @@ _MIMO = {
     "input_proj.weight": "eh_proj.weight",
     "final_layernorm.weight": "norm.weight",
 }
+_HYBRID = {
+    "pre_fc_norm_embedding.weight": "embedding_norm.weight",
+    "pre_fc_norm_hidden.weight": "hidden_norm.weight",
+    "fc.weight": "eh_proj.weight",
+    "norm.weight": "norm.weight",
+}
 _COPIES = {"embed_tokens.weight": "embed.weight", "shared_head.head.weight": "lm_head.weight"}
 
 LAYOUTS = (
     MtpLayout("DeepSeek-V3 and GLM-4.5", "model.layers.", _DEEPSEEK, _COPIES, True, False),
     MtpLayout("MiMo-7B", "model.mtp_layers.", _MIMO, {}, False, True),
+    MtpLayout("Qwen3-Next and Qwen3.5", "mtp.layers.", _HYBRID, {}, False, False, "mtp.", "mtp_num_hidden_layers"),
 )
 
 
@@ -67,9 +87,16 @@ def find_modules(names: Collection[str], config: ModelConfig) -> Modules | None:
         numbers = _numbers(names, layout.prefix)
         modules = {name: number - layout.first(config) for name, number in numbers.items()}
         held = {name: module for name, module in modules.items() if module >= 0}
-        if held:
-            return Modules(layout, 1 + max(held.values()), frozenset(held))
+        shared = layout.in_common(names) if layout is layout_of(config) else set()
+        if held or shared:
+            return Modules(layout, 1 + max(held.values(), default=0), frozenset(held) | shared)
     return None
+
+
+def layout_of(config: ModelConfig) -> MtpLayout | None:
+    """The layout that a target's family is published in."""
+    prefix = FAMILIES[config.architecture].mtp
+    return next((layout for layout in LAYOUTS if prefix in (layout.prefix, layout.outer) and prefix), None)
 
 
 def _numbers(names: Iterable[str], prefix: str) -> dict[str, int]:
@@ -81,11 +108,14 @@ def _numbers(names: Iterable[str], prefix: str) -> dict[str, int]:
 def mtp_slots(modules: Modules, config: ModelConfig, record: HeadRecord) -> dict[str, Slot]:
     """Published name -> our parameter, for every tensor that the modules of this record hold."""
     tables = {"embed.weight": record.own_embed, "lm_head.weight": record.own_lm_head}
-    own = dict(modules.layout.own) | {name: place for name, place in modules.layout.tables.items() if tables[place]}
+    held = {name: place for name, place in modules.layout.tables.items() if tables[place]}
     fused = any(name.endswith(FUSED_EXPERTS) for name in modules.names)
+    if not modules.names:
+        fused = FAMILIES[config.architecture].moe == "qwen3_5"
     slots: dict[str, Slot] = {}
     for i in range(record.modules):
         theirs, ours = modules.layout.at(i, config), f"later.{i - 1}." if i else ""
-        slots |= {f"{theirs}{name}": Slot(f"{ours}{parameter}") for name, parameter in own.items()}
+        own = modules.layout.own_names(i, config) | {f"{theirs}{name}": place for name, place in held.items()}
+        slots |= {name: Slot(f"{ours}{parameter}") for name, parameter in own.items()}
         slots |= layer_slots(config, config.num_layers + i, theirs, f"{ours}layer.", fused)
     return slots

@@ -15,8 +15,8 @@ from torch import Tensor
 from speculator.errors import CheckpointError
 from speculator.heads.folder import checkpoint_errors
 from speculator.heads.mtp import MtpHead
-from speculator.heads.mtp_names import LAYOUTS, Modules, find_modules, mtp_slots
-from target.config import FAMILIES, load_config, read_json
+from speculator.heads.mtp_names import COMMON_CLAIM, Modules, find_modules, layout_of, mtp_slots
+from target.config import load_config, read_json
 from target.weights import WeightFiles, export_tensors
 
 SHARD = "model-mtp.safetensors"
@@ -34,15 +34,16 @@ def save_mtp(head: MtpHead, folder: Path, dtype: torch.dtype = torch.bfloat16) -
         names = WeightFiles(folder).names()
         if find_modules(names, config) is not None:
             raise CheckpointError("this folder holds MTP modules already")
-        prefix = FAMILIES[config.architecture].mtp
-        layout = next((layout for layout in LAYOUTS if layout.prefix == prefix), None)
+        layout = layout_of(config)
         if layout is None or layout.hidden_first != head.record.hidden_first:
             raise CheckpointError(f"no layout for such MTP modules is published for {config.architecture}")
         if not layout.tables and (head.record.own_embed or head.record.own_lm_head):
             raise CheckpointError(f"modules in the layout of {layout.family} have no tables of their own")
+        if layout.outer and head.record.modules > 1:
+            raise CheckpointError(f"the layout of {layout.family} has one module, not {head.record.modules}")
         slots = mtp_slots(Modules(layout, head.record.modules, frozenset()), config, head.record)
         _add(folder, export_tensors(head, slots, dtype))
-    _claim(folder / "config.json", head.record.modules)
+    _claim(folder / "config.json", layout.claim, head.record.modules)
 
 
 def _add(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -60,6 +61,7 @@ def _add(folder: Path, tensors: dict[str, Tensor]) -> None:
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _claim(path: Path, modules: int) -> None:
-    config = {**read_json(path), "num_nextn_predict_layers": modules}
+def _claim(path: Path, key: str, modules: int) -> None:
+    """By the family's own key, and by the one that tells of every family."""
+    config = {**read_json(path), COMMON_CLAIM: modules, key: modules}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

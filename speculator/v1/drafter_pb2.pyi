@@ -155,16 +155,18 @@ class AcceptanceStats(_message.Message):
     def __init__(self, num_steps: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_draft_tokens: _Optional[int] = ..., acceptance_histogram: _Optional[_Mapping[int, int]] = ..., num_output_tokens: _Optional[int] = ..., accepted_at_position: _Optional[_Iterable[int]] = ..., drafted_at_position: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_us", "draft_us", "verify_us", "batch_size")
+    __slots__ = ("queue_us", "draft_us", "verify_us", "batch_size", "total_us")
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     DRAFT_US_FIELD_NUMBER: _ClassVar[int]
     VERIFY_US_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_US_FIELD_NUMBER: _ClassVar[int]
     queue_us: int
     draft_us: int
     verify_us: int
     batch_size: int
-    def __init__(self, queue_us: _Optional[int] = ..., draft_us: _Optional[int] = ..., verify_us: _Optional[int] = ..., batch_size: _Optional[int] = ...) -> None: ...
+    total_us: int
+    def __init__(self, queue_us: _Optional[int] = ..., draft_us: _Optional[int] = ..., verify_us: _Optional[int] = ..., batch_size: _Optional[int] = ..., total_us: _Optional[int] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
     __slots__ = ("session_id", "model", "token_ids", "text", "sampling", "stopping", "draft", "idle_timeout", "disable_speculation", "prefill_only")

@@ -40,11 +40,11 @@ class TritonSplits:
             raise PlanError("the MLA kernels read int64 lengths and page tables")
 
     def prepare(self, batch: Batch, heads: int) -> TritonState:
-        rows = batch.tokens.shape[1] * heads
-        config = self._config or kernels.pick(rows, self._rank, self._latents, self._page_size)
-        parts = kernels.parts_of(config, rows, self._processors)
-        plan = empty_splits(batch.tokens.shape[0], parts, batch.tokens.device)
-        kernels.launch_plan(plan, batch, config.grain)
+        requests, rows = batch.tokens.shape[0], batch.tokens.shape[1] * heads
+        config = self._config or kernels.pick(requests, rows, self._rank, self._latents, self._page_size)
+        parts = kernels.parts_of(config, requests, rows, self._processors)
+        plan = empty_splits(requests, parts, batch.tokens.device)
+        kernels.launch_plan(plan, batch, config)
         return TritonState(plan, config)
 
     def attend(self, state: TritonState, batch: Batch, q: Tensor, latents: Tensor, scale: float) -> Tensor:

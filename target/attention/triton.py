@@ -11,13 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from target.attention.base import FusedAttention, Turn
 from target.batch import Batch
 from target.cache import PagedCache
 from target.errors import PlanError
 from target.kernels import gqa as kernels
+from target.kernels.rope_write import launch_rope_write
+
+MOST_TILES = 1 << 14  # whose splits are joined by the last of them; of more, by a second kernel
 
 
-class TritonAttention:
+class TritonAttention(FusedAttention):
     """`plan` and `run` over the paged cache; neither reads the host. Padding gives zeros and is not stored.
 
     What lies in slots that no valid query of a row sees cannot reach the results, not even NaN. A row's result has the
@@ -29,6 +33,7 @@ class TritonAttention:
         if not any(takes(layer) for layer in cache.layers):
             raise PlanError(f"no layer of the cache holds keys and values of {kernels.LARGEST_DIM} or less a head")
         self.cache, self._config = cache, config
+        self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=cache.layers[0].device)
 
     def plan(self, batch: Batch) -> Batch:
         """The batch itself. Raises PlanError for one that cannot be read."""
@@ -41,16 +46,32 @@ class TritonAttention:
     def run(self, plan: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q [R, T, heads, dim], k and v [R, T, kv_heads, dim] -> [R, T, heads, dim]."""
         store = self.cache.layers[layer]
-        _check(store, layer, q, k)
+        _check(store, layer, q, k.shape[2:])
         plan = _side_by_side(plan)
         kernels.launch_store(plan, k, v, store, self.cache.page_size)
         return self.attend(plan, layer, q, window)
 
     def attend(self, plan: Batch, layer: int, q: Tensor, window: int | None) -> Tensor:
         """`run` over keys and values that are already stored."""
-        store, (_, queries, heads, dim) = self.cache.layers[layer], q.shape
-        config = self._config or kernels.pick(queries, heads, store.shape[2], dim, store.dtype, store.device)
-        return kernels.launch_attend(_side_by_side(plan), q, store, self.cache.page_size, window, config)
+        store = self.cache.layers[layer]
+        config = self._pick(store, q.shape[1], q.shape[2])
+        return kernels.launch_attend(
+            _side_by_side(plan), q, store, self.cache.page_size, window, config, self._arrived
+        )  # fmt: skip
+
+    def run_fused(self, plan: Batch, layer: int, qkv: Tensor, turn: Turn, window: int | None) -> Tensor:
+        """`run` over a qkv product; one kernel up to 64 queries, and one more before it for longer passes."""
+        store, plan = self.cache.layers[layer], _side_by_side(plan)
+        kv_heads, page_size = store.shape[2], self.cache.page_size
+        _check(store, layer, qkv[:, :, : -2 * kv_heads], store.shape[2:])
+        qkv, queries = kernels.packed(qkv), qkv.shape[1]
+        if queries > kernels.SPLIT_QUERIES:
+            return self.attend(plan, layer, launch_rope_write(plan, qkv, turn, store, page_size), window)
+        config = self._pick(store, queries, qkv.shape[2] - 2 * kv_heads)
+        return kernels.launch_attend(plan, qkv, store, page_size, window, config, self._arrived, turn)
+
+    def _pick(self, store: Tensor, queries: int, heads: int) -> kernels.Config:
+        return self._config or kernels.pick(queries, heads, *store.shape[2:], store.dtype, store.device)
 
 
 def takes(store: Tensor) -> bool:
@@ -64,10 +85,11 @@ def _side_by_side(batch: Batch) -> Batch:
     return batch._replace(context=batch.context.contiguous(), counts=batch.counts.contiguous(), pages=pages)
 
 
-def _check(store: Tensor, layer: int, q: Tensor, k: Tensor) -> None:
-    if not takes(store) or k.shape[2:] != store.shape[2:] or q.shape[2] % k.shape[2] or q.dtype != store.dtype:
+def _check(store: Tensor, layer: int, q: Tensor, own: torch.Size) -> None:
+    fits = own == store.shape[2:] and q.shape[2] > 0 and q.shape[2] % own[0] == 0 and q.shape[3] == own[1]
+    if not takes(store) or not fits or q.dtype != store.dtype:
         parts, heads, dim = store.shape[1:]
         raise PlanError(
             f"layer {layer} holds {parts} x {heads} heads of {dim} in {store.dtype} and cannot serve "
-            f"{q.shape[2]} query heads of {q.shape[3]} over {k.shape[2]} in {q.dtype}"
+            f"{q.shape[2]} query heads of {q.shape[3]} over {own[0]} in {q.dtype}"
         )

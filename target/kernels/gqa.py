@@ -5,6 +5,10 @@ Owns: device code, its launches and their configurations. Must never know plans 
 A tile is BLOCK_M (query, head) pairs of one request and kv head, numbered query * groups + group; a block is BLOCK
 cached tokens. How a request is split follows from its own length alone, so the other requests of a batch change no bit
 of its result. The grid is as large as the host's bound on lengths asks for; a split that does not exist ends at once.
+
+The split of a tile that arrives last joins them all, in their order; a kernel of its own does it where tiles are too
+many to be counted. FRESH passes read a whole qkv product: a program norms and rotates its queries as it reads them, and
+stores those of the pass's own tokens that it is about to see, so nothing runs between the product and attention.
 """
 
 # triton reads the annotations of kernels, and its decorators are untyped where it is installed
@@ -21,12 +25,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from target.attention.base import Turn
 from target.batch import Batch
+from target.kernels.rope_write import turn_constants, turn_pointers, turned
 
 LOG2E = 1.4426950408889634
 FAR = tl.constexpr(0x3FFFFFFF)
 LARGEST_DIM = 256
 STRIDES = ("page_row", "ancestor_row", "ancestor_column", "position_row", "position_column")
+MOST_EACH = 16  # of a pass's own tokens that a program stores at once
 SPLIT_QUERIES = 64  # tokens; longer passes have tiles enough to fill a device without splits
 
 
@@ -122,16 +129,16 @@ def _seen(index, own, near, masks, context, window, TREE: tl.constexpr, WINDOWED
 
 @triton.jit
 def _absorb(q, keys, values, seen, acc, top, mass, scale, MASKED: tl.constexpr):
-    """Take one block into the running softmax: base 2, float32."""
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    """Take one block into the running softmax: base 2, float32. A block seen in full gives the same bits masked."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
-    new = tl.maximum(top, tl.max(scores, 1))
+    new = tl.maximum(top, tl.max(scores, 1) * scale)
     base = new
     if MASKED:  # a pair that has seen nothing yet: exp(-inf - -inf) would be NaN
         base = tl.where(new == float("-inf"), 0.0, new)
     keep = tl.exp2(top - base)
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))  # said outright: fusing is not left to the compiler
     mass = mass * keep + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * keep[:, None], input_precision="ieee")
     return acc, new, mass
@@ -156,9 +163,56 @@ def _absorb_masked(
     return _absorb(q, keys, values, seen, acc, top, mass, scale, True)
 
 
+@triton.jit
+def _keep(
+    begin, end, request, queries, start, keys_ptr, table, own_ptr, own_token, cos_ptr, sin_ptr, weight_ptr, eps,
+    SIZE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, ROTARY: tl.constexpr,
+    PAIRS: tl.constexpr, NORMED: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Store the pass's own tokens `begin` to `end`, from the qkv product, their keys normed and rotated."""
+    column = tl.arange(0, DIM_PAD)[None, :]
+    for first in range(begin, end, EACH):
+        query = first + tl.arange(0, EACH)
+        used = (query < end)[:, None]
+        index = start + query
+        slots = tl.load(table + index // PAGE, mask=query < end, other=0) * PAGE + index % PAGE
+        head = own_ptr + query.to(tl.int64)[:, None] * own_token
+        token = (request.to(tl.int64) * queries + query)[:, None]
+        keys = turned(head, token, used, cos_ptr, sin_ptr, weight_ptr, eps, DIM, DIM_PAD, ROTARY, PAIRS, NORMED)
+        inside = used & (column < DIM)
+        values = tl.load(head + SIZE + column, mask=inside, other=0.0)
+        at = keys_ptr + slots[:, None] * (2 * SIZE) + column
+        tl.store(at, keys, mask=inside)
+        tl.store(at + SIZE, values, mask=inside)
+
+
+@triton.jit
+def _join(
+    number, inside, splits, partial_ptr, lse_ptr,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, DIM_PAD] of partial results numbered from `number` [BLOCK_M] on, one split after the other."""
+    column = tl.arange(0, DIM_PAD)[None, :]
+    place = tl.arange(0, SPLITS)[None, :]
+    known = inside[:, None] & (place < splits)
+    # past the first-level cache, which may hold what lay there before
+    lse = tl.load(lse_ptr + number[:, None] + place, mask=known, other=float("-inf"), cache_modifier=".cg")
+    top = tl.max(lse, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    mass = tl.sum(tl.exp2(lse - top[:, None]), 1)
+    acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
+    stored = inside[:, None] & (column < DIM)
+    for split in tl.range(0, splits, num_stages=STAGES):
+        at = number + split
+        weight = tl.exp2(tl.load(lse_ptr + at, mask=inside, other=0.0, cache_modifier=".cg") - top)
+        part = tl.load(partial_ptr + at[:, None] * DIM + column, mask=stored, other=0.0, cache_modifier=".cg")
+        acc = tl.fma(part, weight[:, None], acc)
+    return acc / tl.where(mass > 0, mass, 1.0)[:, None]
+
+
 @triton.jit(do_not_specialize=["offset", "window", "bound", "queries", *STRIDES])
 def split_kernel(
-    q_ptr,  # [R, T, heads * dim], any strides in R and T
+    q_ptr,  # [R, T, heads * dim], any strides in R and T; where FRESH the qkv product [R, T, merged * dim]
     store_ptr,  # [slots, 2, kv_heads * dim]
     tiles,  # descriptor of the same in blocks [BLOCK, dim], where TMA
     pages_ptr,  # [R, columns] int64
@@ -169,6 +223,12 @@ def split_kernel(
     out_ptr,  # [R, T, heads, dim]
     partial_ptr,  # [R, T, heads, bound, dim] float32
     lse_ptr,  # [R, T, heads, bound] float32, base 2
+    arrived_ptr,  # [R, kv_heads, tiles] int32, zero before and after, where JOINED
+    cos_ptr,  # [R, T, ROTARY], where FRESH
+    sin_ptr,
+    q_weight_ptr,  # [dim], where NORMED
+    k_weight_ptr,
+    eps,
     scale,
     offset,
     window,
@@ -195,6 +255,12 @@ def split_kernel(
     WINDOWED: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    JOINED: tl.constexpr,
+    FRESH: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NORMED: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     """One split of one request for one tile of one kv head.
 
@@ -238,12 +304,29 @@ def split_kernel(
         begin = tl.maximum(begin, tl.min(lowest, 0) // BLOCK)
         head = (tl.max(tl.where(live, tl.maximum(near, 0), 0), 0) + BLOCK - 1) // BLOCK
         head = tl.minimum(tl.maximum(begin, head), tl.maximum(end, begin))
-    whole = tl.maximum(head, tl.minimum(whole, end))
     column = tl.arange(0, DIM_PAD)[None, :]
+    start = context + offset
+    if FRESH:  # the copy engine does not wait for what this program writes
+        whole = tl.minimum(whole, start // BLOCK)
+    whole = tl.maximum(head, tl.minimum(whole, end))
     row = request.to(tl.int64) * q_row + query.to(tl.int64) * q_token + (kv_head * GROUPS + pair % GROUPS) * DIM
-    q = tl.load(q_ptr + row[:, None] + column, mask=live[:, None] & (column < DIM), other=0.0)
     table = pages_ptr + request * page_row
     keys_ptr = store_ptr + kv_head * DIM
+    if FRESH:
+        token = (request.to(tl.int64) * queries + query)[:, None]
+        q = turned(
+            q_ptr + row[:, None], token, live[:, None], cos_ptr, sin_ptr, q_weight_ptr, eps,
+            DIM, DIM_PAD, ROTARY, PAIRS, NORMED,
+        )  # fmt: skip
+        # whoever reads a token stores it first: two tiles may store the same bits, and neither waits for the other
+        _keep(
+            tl.maximum(begin * BLOCK - start, 0), tl.minimum(end * BLOCK - start, count), request, queries, start,
+            keys_ptr, table, q_ptr + request.to(tl.int64) * q_row + (KV_HEADS * GROUPS + kv_head) * DIM, q_token,
+            cos_ptr, sin_ptr, k_weight_ptr, eps, SIZE, DIM, DIM_PAD, PAGE, ROTARY, PAIRS, NORMED, EACH,
+        )  # fmt: skip
+        tl.debug_barrier()
+    else:
+        q = tl.load(q_ptr + row[:, None] + column, mask=live[:, None] & (column < DIM), other=0.0)
     acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
@@ -279,9 +362,18 @@ def split_kernel(
     if splits == 1:
         tl.store(out_ptr + number[:, None] * DIM + column, result.to(out_ptr.dtype.element_ty), mask=stored)
     else:
-        number = number * bound + split
-        tl.store(partial_ptr + number[:, None] * DIM + column, result, mask=stored)
-        tl.store(lse_ptr + number, tl.where(live, top + tl.log2(mass), float("-inf")), mask=inside)
+        at = number * bound + split
+        tl.store(partial_ptr + at[:, None] * DIM + column, result, mask=stored)
+        tl.store(lse_ptr + at, tl.where(live, top + tl.log2(mass), float("-inf")), mask=inside)
+        if JOINED > 0:
+            tl.debug_barrier()  # all of this split is written before it is counted
+            counter = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1:
+                tl.store(counter, 0)
+                joined = _join(
+                    number * bound, inside, splits, partial_ptr, lse_ptr, SPLITS, DIM, DIM_PAD, BLOCK_M, JOINED
+                )
+                tl.store(out_ptr + number[:, None] * DIM + column, joined.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["offset", "window", "bound", "queries", *STRIDES[-2:]])
@@ -343,6 +435,7 @@ class Config(NamedTuple):
     splits: int  # of a request at most, a power of two
     shortest: int = 2  # blocks of a split at least
     tma: bool = True  # blocks through the copy engine, where it can read them
+    joined: int = 4  # stages in which the last split of a tile joins them all; 0 leaves it to a kernel of its own
 
 
 @lru_cache(maxsize=1024)
@@ -354,7 +447,9 @@ def pick(queries: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, 
     wide = rows == 128 or not narrow or (rows == 64 and dim > 128)
     splits = 1 if queries > SPLIT_QUERIES else splits_of(kv_heads * triton.cdiv(pairs, rows))
     fixed = Config(rows, 64 if narrow else 32, 8 if wide else 4, 3, splits)
-    return fixed._replace(stages=_stages(fixed, dim, dtype, device))
+    # the last split joins alone while the others are done: for tiles of more rows a kernel of its own is faster
+    joined = _join_stages(fixed, dim, device) if rows == 16 else 0
+    return fixed._replace(stages=_stages(fixed, dim, dtype, device), joined=joined)
 
 
 def splits_of(programs: int) -> int:
@@ -368,9 +463,22 @@ def _stages(config: Config, dim: int, dtype: torch.dtype, device: torch.device) 
     if device.type != "cuda":
         return config.stages
     token = 2 * _pad(dim) * dtype.itemsize
-    room = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    room -= config.rows * token + (config.block * token if config.rows >= 64 else 0) + (8 << 10)
+    room = _shared_memory(device) - config.rows * token
+    room -= (config.block * token if config.rows >= 64 else 0) + (8 << 10)
     return int(max(1, min(config.stages, room // (config.block * token))))
+
+
+def _join_stages(config: Config, dim: int, device: torch.device) -> int:
+    """As many as fit beside nothing else: keys and values are done with by then."""
+    if device.type != "cuda":
+        return config.joined
+    room = _shared_memory(device) - (16 << 10)
+    return int(max(1, min(config.joined, 1 + room // (config.rows * _pad(dim) * 4))))
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 
 def launch_store(batch: Batch, k: Tensor, v: Tensor, store: Tensor, page_size: int) -> None:
@@ -385,13 +493,22 @@ def launch_store(batch: Batch, k: Tensor, v: Tensor, store: Tensor, page_size: i
     )  # fmt: skip
 
 
-def launch_attend(batch: Batch, q: Tensor, store: Tensor, page_size: int, window: int | None, config: Config) -> Tensor:
-    """q [R, T, heads, dim] over a layer's storage [slots, 2, kv_heads, dim] -> [R, T, heads, dim], of q's type."""
+def launch_attend(
+    batch: Batch, q: Tensor, store: Tensor, page_size: int, window: int | None, config: Config,
+    arrived: Tensor | None = None, turn: Turn | None = None,
+) -> Tensor:  # fmt: skip
+    """q [R, T, heads, dim] over a layer's storage [slots, 2, kv_heads, dim] -> [R, T, heads, dim], of q's type.
+
+    With `turn`, q is a qkv product [R, T, heads + 2 kv_heads, dim] and the pass's own keys and values are stored.
+    `arrived` are zeros [N] int32 that nobody else uses at the time; without enough of them splits are joined by a
+    second kernel.
+    """
     q = packed(q)
     rows, queries, heads, dim = q.shape
     kv_heads = store.shape[2]
+    heads = heads if turn is None else heads - 2 * kv_heads
     bound = max(1, min(config.splits, triton.cdiv(triton.cdiv(batch.longest, config.block), config.shortest)))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(rows, queries, heads, dim, dtype=q.dtype, device=q.device)
     partial = lse = out
     if bound > 1:
         partial = torch.empty(rows, queries, heads, bound, dim, dtype=torch.float32, device=q.device)
@@ -405,14 +522,18 @@ def launch_attend(batch: Batch, q: Tensor, store: Tensor, page_size: int, window
     )  # fmt: skip
     # the tiles of a request lie side by side: they read the same blocks, which are then in the L2 cache
     grid = (triton.cdiv(queries * (heads // kv_heads), config.rows), rows * kv_heads, bound)
+    counted = bound > 1 and arrived is not None and arrived.numel() >= grid[0] * grid[1]
+    joined = config.joined if counted else 0
     split_kernel[grid](
         q, store, store if blocks is None else blocks, batch.pages, batch.context, batch.counts, ancestors,
-        batch.positions, out, partial, lse, dim**-0.5 * LOG2E, batch.offset, window or 0, bound, queries,
-        *q.stride()[:2], batch.pages.stride(0), *ancestors.stride(), *batch.positions.stride(), KV_HEADS=kv_heads,
-        GROUPS=heads // kv_heads, PAGE=page_size, BLOCK_M=config.rows, TMA=blocks is not None,
-        STAGES=2 * config.stages + 1, num_warps=config.warps, **constants,
+        batch.positions, out, partial, lse, arrived if counted else out, *turn_pointers(turn, q), dim**-0.5 * LOG2E,
+        batch.offset, window or 0, bound, queries, *q.stride()[:2], batch.pages.stride(0), *ancestors.stride(),
+        *batch.positions.stride(), KV_HEADS=kv_heads, GROUPS=heads // kv_heads, PAGE=page_size, BLOCK_M=config.rows,
+        TMA=blocks is not None, STAGES=2 * config.stages + 1, JOINED=joined, FRESH=turn is not None,
+        EACH=min(triton.next_power_of_2(queries), MOST_EACH) if turn else 1, num_warps=config.warps,
+        **turn_constants(turn), **constants,
     )  # fmt: skip
-    if bound > 1:
+    if bound > 1 and not joined:
         combine_kernel[(rows * queries * heads,)](
             partial, lse, batch.context, batch.counts, batch.positions, out, batch.offset, window or 0, bound, queries,
             *batch.positions.stride(), HEADS=heads, num_warps=4, **constants,

@@ -13,15 +13,17 @@ that was never filled gives wrong numbers, not an illegal access.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from target.attention.splits import BLOCK, OVERHEAD, Splits
+from target.attention.splits import BLOCK, Splits, aligned, gap
 from target.batch import Batch
 
 FAR = tl.constexpr(0x3FFFFFFF)
@@ -29,14 +31,23 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _spans(context_ptr, counts_ptr, requests, first, carry, offset, BLOCK, OVERHEAD, CHUNK: tl.constexpr):
-    """Where each of CHUNK requests begins its blocks and ends on the line of costs, and the end of the last."""
+def _spans(context_ptr, counts_ptr, requests, first, carry, offset, BLOCK, GAP, CHUNK: tl.constexpr):
+    """Where each of CHUNK requests begins its blocks and ends on the line of costs, and the end of the last.
+
+    The line starts GAP below zero, so that nothing lies before the first request.
+    """
     request = first + tl.arange(0, CHUNK)
     context = tl.load(context_ptr + request, mask=request < requests, other=0).to(tl.int32)
     count = tl.load(counts_ptr + request, mask=request < requests, other=0).to(tl.int32)
     blocks = tl.where(count > 0, (context + offset + count + BLOCK - 1) // BLOCK, 0)
-    end = carry + tl.cumsum(tl.where(blocks > 0, blocks + OVERHEAD, 0), 0)
+    end = carry + tl.cumsum(tl.where(blocks > 0, blocks + GAP, 0), 0)
     return request, end - blocks, end, tl.max(end, 0)
+
+
+@triton.jit
+def _piece(place, length, parts):
+    """Which of the equal pieces of the line of costs a unit lies in."""
+    return ((place + 1) * parts - 1) // length
 
 
 @triton.jit
@@ -50,29 +61,32 @@ def plan_kernel(
     offset,
     grain,
     BLOCK: tl.constexpr,
-    OVERHEAD: tl.constexpr,
+    GAP: tl.constexpr,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program plans for all parts at once; each number is a count, a minimum or a maximum over the requests."""
-    total = tl.zeros([], tl.int32)
+    if CHAINED:
+        gdc_launch_dependents()
+    total = tl.zeros([], tl.int32) - GAP
     for at in range(0, requests, CHUNK):
-        _, _, _, total = _spans(context_ptr, counts_ptr, requests, at, total, offset, BLOCK, OVERHEAD, CHUNK)
-    share = tl.maximum((total + parts - 1) // parts, grain)
+        _, _, _, total = _spans(context_ptr, counts_ptr, requests, at, total, offset, BLOCK, GAP, CHUNK)
+    length = tl.maximum(total, grain * parts)
     part = tl.arange(0, PARTS)
-    low, high = (part * share)[:, None], (part * share + share)[:, None]
+    begins, stops = part * length // parts, (part + 1) * length // parts
+    low, high = begins[:, None], stops[:, None]
     first = tl.full([PARTS], FAR, tl.int32)
     first_begin, first_end = first, first
     last = tl.full([PARTS], -1, tl.int32)
     last_begin, last_end = last, last
-    carry = tl.zeros([], tl.int32)
+    carry = tl.zeros([], tl.int32) - GAP
     before = tl.zeros([], tl.int32)
     tl.store(splits_ptr, 0)
     for at in range(0, requests, CHUNK):
-        request, begin, end, carry = _spans(
-            context_ptr, counts_ptr, requests, at, carry, offset, BLOCK, OVERHEAD, CHUNK
-        )
-        spread = tl.where(end > begin, (end - 1) // share - begin // share + 1, 0)
+        request, begin, end, carry = _spans(context_ptr, counts_ptr, requests, at, carry, offset, BLOCK, GAP, CHUNK)
+        pieces = _piece(end - 1, length, parts) - _piece(begin, length, parts) + 1
+        spread = tl.where(end > begin, pieces, 0)
         tl.store(splits_ptr + 1 + request, before + tl.cumsum(spread, 0), mask=request < requests)
         before += tl.sum(spread, 0)
         used, request, begin, end = (end > begin)[None, :], request[None, :], begin[None, :], end[None, :]
@@ -83,7 +97,7 @@ def plan_kernel(
         last = tl.maximum(last, tl.max(tl.where(reached, request, -1), 1))
         last_begin = tl.maximum(last_begin, tl.max(tl.where(reached, begin, -1), 1))
         last_end = tl.maximum(last_end, tl.max(tl.where(reached, end, -1), 1))
-    begins, stops = part * share, part * share + share
+    head, tail = _piece(first_begin, length, parts), _piece(last_begin, length, parts)
     busy = (first < FAR) & (last >= first)
     record = plan_ptr + part * 8
     real = part < parts
@@ -91,9 +105,9 @@ def plan_kernel(
     tl.store(record + 1, tl.where(busy, last, -1), mask=real)
     tl.store(record + 2, tl.where(busy, tl.maximum(begins - first_begin, 0), 0), mask=real)
     tl.store(record + 3, tl.where(busy, tl.minimum(last_end, stops) - last_begin, 0), mask=real)
-    tl.store(record + 4, tl.where(busy, part - first_begin // share, 0), mask=real)
-    tl.store(record + 5, (busy & ((first_end - 1) // share > first_begin // share)).to(tl.int32), mask=real)
-    tl.store(record + 6, (busy & ((last_end - 1) // share > last_begin // share)).to(tl.int32), mask=real)
+    tl.store(record + 4, tl.where(busy, part - head, 0), mask=real)
+    tl.store(record + 5, (busy & (_piece(first_end - 1, length, parts) > head)).to(tl.int32), mask=real)
+    tl.store(record + 6, (busy & (_piece(last_end - 1, length, parts) > tail)).to(tl.int32), mask=real)
     tl.store(record + 7, tl.zeros([PARTS], tl.int32), mask=real)
 
 
@@ -233,61 +247,69 @@ def combine_kernel(
     rows,
     capacity,
     RANK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    TURNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """Join what the parts found for TURNS rows of one request; a request that one part did alone is complete."""
+    """Join what the parts found for ROWS rows of one request; a request that one part did alone is complete."""
+    if CHAINED:
+        gdc_wait()
     request = tl.program_id(1)
     begin = tl.minimum(tl.maximum(tl.load(splits_ptr + request), 0), capacity)
     end = tl.minimum(tl.load(splits_ptr + request + 1), capacity)
-    column = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     if end - begin != 1:
-        for turn in range(TURNS):
-            row = tl.program_id(0) * TURNS + turn
-            if row < rows:
-                top = float("-inf")
-                mass = 0.0
-                acc = tl.zeros([WIDTH], tl.float32)
-                for at in range(begin, end, CHUNK):
-                    split = at + tl.arange(0, CHUNK)
-                    place = split.to(tl.int64) * rows + row
-                    lse = tl.load(lse_ptr + place, mask=split < end, other=float("-inf"))
-                    found = lse > float("-inf")  # what an empty split left in its place is not read
-                    values = tl.load(
-                        partial_ptr + place[:, None] * RANK + column[None, :],
-                        mask=found[:, None] & (column < RANK)[None, :],
-                        other=0.0,
-                    )
-                    new = tl.maximum(top, tl.max(lse, 0))
-                    base = tl.where(new == float("-inf"), 0.0, new)
-                    weights = tl.exp2(lse - base)
-                    keep = tl.exp2(top - base)
-                    acc = acc * keep + tl.sum(values * weights[:, None], 0)
-                    mass = mass * keep + tl.sum(weights, 0)
-                    top = new
-                result = acc / tl.where(mass > 0, mass, 1.0)
-                at_out = out_ptr + (request * rows + row).to(tl.int64) * RANK + column
-                tl.store(at_out, result.to(out_ptr.dtype.element_ty), mask=column < RANK)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        column = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+        inside, within = (row < rows)[:, None], column < RANK
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, WIDTH], tl.float32)
+        for at in range(begin, end, CHUNK):
+            split = (at + tl.arange(0, CHUNK))[None, :]
+            place = split.to(tl.int64) * rows + row[:, None]
+            lse = tl.load(lse_ptr + place, mask=(split < end) & inside, other=float("-inf"))
+            found = lse > float("-inf")  # what an empty split left in its place is not read
+            values = tl.load(
+                partial_ptr + place[:, :, None] * RANK + column[None, None, :],
+                mask=found[:, :, None] & within[None, None, :],
+                other=0.0,
+            )
+            new = tl.maximum(top, tl.max(lse, 1))
+            base = tl.where(new == float("-inf"), 0.0, new)
+            weights = tl.exp2(lse - base[:, None])
+            keep = tl.exp2(top - base)
+            acc = acc * keep[:, None] + tl.sum(values * weights[:, :, None], 1)
+            mass = mass * keep + tl.sum(weights, 1)
+            top = new
+        result = acc / tl.where(mass > 0, mass, 1.0)[:, None]
+        at_out = out_ptr + (request * rows + row).to(tl.int64)[:, None] * RANK + column[None, :]
+        tl.store(at_out, result.to(out_ptr.dtype.element_ty), mask=inside & within[None, :])
 
 
 class Config(NamedTuple):
-    """How a pass is cut up and compiled; `bench mla --tune` prints the best for a shape."""
+    """How a pass is cut up and compiled; `bench mla --variants` times those that are worth it."""
 
     rows: int  # of a tile: 16, 32, 64 or 128
     warps: int
     stages: int
     grain: int = 1  # blocks that a part takes at least
-    hopper: bool = False  # the kernel of `mla_hopper`, whose tiles and warps are fixed
+    kernel: str = "portable"  # or one of HOPPER_KERNELS, whose tiles and warps are fixed
+    chained: bool = False  # each launch may begin before the one before it has ended (programmatic dependent launch)
 
 
-HOPPER = Config(64, 8, 2, hopper=True)
+HOPPER = Config(64, 8, 2, kernel="hopper")
+SEESAW = Config(64, 8, 2, kernel="seesaw")
+HOPPER_KERNELS = {"hopper": "target.kernels.mla_hopper", "seesaw": "target.kernels.mla_seesaw"}
+
+# (rows of a request at least, requests at least, what they get), the first that holds; set from `bench mla --variants`
+CHOICES = ((0, 0, HOPPER),)
 
 
-def pick(rows: int, rank: int, latents: Tensor, page_size: int) -> Config:
-    """The configuration for requests of `rows` (query, head) pairs over these latents."""
+def pick(requests: int, rows: int, rank: int, latents: Tensor, page_size: int) -> Config:
+    """The configuration for `requests` of `rows` (query, head) pairs each over these latents."""
     if hopper_takes(latents, rank, page_size):
-        return HOPPER
+        return chosen(requests, rows)
     if latents.dtype == torch.float32:
         return Config(16, 4, 2)
     if rank > 256:
@@ -295,27 +317,31 @@ def pick(rows: int, rank: int, latents: Tensor, page_size: int) -> Config:
     return Config(16 if rows <= 16 else 64, 4, 3)
 
 
+def chosen(requests: int, rows: int) -> Config:
+    """What CHOICES says."""
+    return next(config for least, fewest, config in CHOICES if rows >= least and requests >= fewest)
+
+
 def hopper_takes(latents: Tensor, rank: int, page_size: int) -> bool:
     """Whether `mla_hopper` can be used; it is not imported where triton or the device has another age."""
     if not (latents.is_cuda and triton.__version__.startswith("3.6.")):
         return False
-    from target.kernels import mla_hopper
-
-    return mla_hopper.takes(latents, rank, page_size)
+    return bool(import_module(HOPPER_KERNELS["hopper"]).takes(latents, rank, page_size))
 
 
-def parts_of(config: Config, rows: int, processors: int) -> int:
+def parts_of(config: Config, requests: int, rows: int, processors: int) -> int:
     """Parts that keep `processors` multiprocessors busy when each request has so many rows."""
-    return max(processors // -(-rows // config.rows), 1)
+    return aligned(max(processors // -(-rows // config.rows), 1), requests)
 
 
-def launch_plan(into: Splits, batch: Batch, grain: int) -> None:
+def launch_plan(into: Splits, batch: Batch, config: Config) -> None:
     """Fill `into` from the batch's live lengths; nothing is read on the host."""
     requests, parts = batch.context.shape[0], into.plan.shape[0]
     chunk = min(triton.next_power_of_2(requests), 32)
     plan_kernel[(1,)](
-        batch.context, batch.counts, into.plan, into.splits, requests, parts, batch.offset, grain,
-        BLOCK=BLOCK, OVERHEAD=OVERHEAD, PARTS=triton.next_power_of_2(parts), CHUNK=max(chunk, 2), num_warps=8,
+        batch.context, batch.counts, into.plan, into.splits, requests, parts, batch.offset, config.grain,
+        BLOCK=BLOCK, GAP=gap(parts, requests), PARTS=triton.next_power_of_2(parts), CHUNK=max(chunk, 2),
+        CHAINED=config.chained, num_warps=8,
     )  # fmt: skip
 
 
@@ -329,13 +355,12 @@ def launch_decode(
     out = torch.empty(requests, queries, heads, rank, dtype=q.dtype, device=q.device)
     partial = torch.empty(requests + parts, rows, rank, dtype=torch.float32, device=q.device)
     lse = torch.empty(requests + parts, rows, dtype=torch.float32, device=q.device)
-    if config.hopper:
-        from target.kernels import mla_hopper
-
-        mla_hopper.launch(batch, plan, q, latents, page_size, scale, out, partial, lse)
+    if config.kernel in HOPPER_KERNELS:
+        hopper = import_module(HOPPER_KERNELS[config.kernel])
+        hopper.launch(batch, plan, q, latents, page_size, scale, out, partial, lse, config.chained)
     else:
         _launch_portable(batch, plan, q, latents, page_size, scale, out, partial, lse, config)
-    launch_combine(partial, lse, plan.splits, out.view(requests, rows, rank))
+    launch_combine(partial, lse, plan.splits, out.view(requests, rows, rank), config.chained)
     return out
 
 
@@ -357,17 +382,27 @@ def _launch_portable(
     )  # fmt: skip
 
 
-def launch_combine(partial: Tensor, lse: Tensor, splits: Tensor, out: Tensor) -> None:
+def launch_combine(partial: Tensor, lse: Tensor, splits: Tensor, out: Tensor, chained: bool = False) -> None:
     """Complete the requests of out [R, rows, rank] that were spread over several parts, or over none."""
     requests, rows, rank = out.shape
-    few = requests * rows <= 1024
-    width = min(_pad(rank), 128) if few else _pad(rank)
-    turns = 1 if few else 8
-    grid = (triton.cdiv(rows, turns), requests, triton.cdiv(rank, width))
-    combine_kernel[grid](
+    together, chunk, width = combine_tile(requests * rows, rank)
+    combine_kernel[(triton.cdiv(rows, together), requests, triton.cdiv(rank, width))](
         partial, lse, splits, out, rows, partial.shape[0],
-        RANK=rank, WIDTH=width, CHUNK=32 if few else 8, TURNS=turns, num_warps=4,
+        RANK=rank, ROWS=together, CHUNK=chunk, WIDTH=width, CHAINED=chained, num_warps=4, **pdl(chained),
     )  # fmt: skip
+
+
+def combine_tile(rows: int, rank: int) -> tuple[int, int, int]:
+    """(rows, splits, columns) that one program joins at a time: few rows are spread over more programs."""
+    width = _pad(rank)
+    if rows <= 128:
+        return 1, 32, min(width, 128)
+    return (1, 8, width) if rows <= 1024 else (4, 2, width)
+
+
+def pdl(chained: bool) -> dict[str, bool]:
+    """The launch option of a kernel that waits inside for the one before it; other devices do not know it."""
+    return {"launch_pdl": True} if chained else {}
 
 
 def _descriptors(latents: Tensor, rank: int, page_size: int) -> tuple[TensorDescriptor, TensorDescriptor] | None:

@@ -26,9 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from target.attention.splits import BLOCK, Splits
 from target.batch import Batch
+from target.kernels.mla import pdl
 
 ROWS = 64  # of a tile: what one wgmma instruction multiplies
 WARPS = 8
@@ -138,6 +140,7 @@ def decode_kernel(
     HEADS: gl.constexpr,
     PAGE: gl.constexpr,
     TREE: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):
     """One part of the plan for one tile of rows, as `target.kernels.mla.decode_kernel`."""
     TILE: gl.constexpr = q_blocks.block_type.shape[0]
@@ -161,6 +164,9 @@ def decode_kernel(
     mbarrier.init(q_ready, count=1)
     fence_async_shared()
 
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     record = plan_ptr + gl.program_id(1) * 8
     begin_request = gl.maximum(gl.load(record), 0)
     end_request = gl.minimum(gl.load(record + 1), requests - 1)
@@ -271,7 +277,7 @@ def takes(latents: Tensor, rank: int, page_size: int) -> bool:
 
 def launch(
     batch: Batch, plan: Splits, q: Tensor, latents: Tensor, page_size: int, scale: float,
-    out: Tensor, partial: Tensor, lse: Tensor,
+    out: Tensor, partial: Tensor, lse: Tensor, chained: bool = False,
 ) -> None:  # fmt: skip
     """One pass over contiguous q [R, T, H, rank + rope]; fills out [R, T, H, rank] and the partial results."""
     requests, queries, heads, dim = q.shape
@@ -287,5 +293,6 @@ def launch(
         blocks(latents, BLOCK, ROPE),
         batch.pages, batch.context, batch.counts, batch.context if batch.ancestors is None else batch.ancestors,
         plan.plan, plan.splits, out, partial, lse, scale * LOG2E, batch.offset, requests, parts, batch.pages.shape[1],
-        QUERIES=queries, HEADS=heads, PAGE=page_size, TREE=batch.ancestors is not None, num_warps=WARPS,
+        QUERIES=queries, HEADS=heads, PAGE=page_size, TREE=batch.ancestors is not None, CHAINED=chained,
+        num_warps=WARPS, **pdl(chained),
     )  # fmt: skip

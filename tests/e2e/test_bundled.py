@@ -122,6 +122,14 @@ def test_recorded_passes_change_no_token_and_no_acceptance(pair: Pair, mode: str
     assert counts["prompt"].share == (1.0 if mode == "piecewise" else 0.0)
 
 
+def test_recorded_rounds_change_no_token_and_no_acceptance(pair: Pair) -> None:
+    few = ("draft.depth=2", "graphs.depths=", "engine.max_context=128")
+    plain, recorded = (engine_of(pair, 4, f"graphs.mode={m}", *RECORDED, *few) for m in ("off", "round"))
+    assert sessions_in_waves(recorded, pair) == sessions_in_waves(plain, pair)
+    assert recorded.rounds is not None and recorded.rounds.counts.replayed > 50
+    assert recorded.rounds.counts.share == 1.0, recorded.rounds.counts.eager
+
+
 def sessions_in_waves(engine: Engine, pair: Pair) -> list[tuple[list[int], list[int]]]:
     """Tokens and accepted drafts a round, of every session."""
     found, shape = [], engine.info.default_shape

@@ -47,12 +47,29 @@ def close(got: Tensor, s: Scene) -> None:
 
 
 def portable(s: Scene, rows: int) -> MlaAttention:
-    """Our kernels without the Hopper one."""
+    """Our kernels without those for Hopper."""
     from target.attention.mla_triton import TritonSplits
     from target.kernels.mla import Config
 
     attention = MlaAttention(s.cache, s.rank, "triton")
     attention.backend = TritonSplits(s.cache, s.rank, config=Config(rows, 8 if s.rank > 256 else 4, 2))
+    return attention
+
+
+VARIANTS = ["hopper", "hopper chained", "seesaw", "seesaw chained"]
+
+
+def variant(s: Scene, name: str, processors: int | None = None) -> MlaAttention:
+    """One of the kernels for Hopper, whatever the table would choose."""
+    from target.attention.mla_triton import TritonSplits
+    from target.kernels.mla import HOPPER, hopper_takes
+
+    if not hopper_takes(s.cache.layers[1].flatten(1), s.rank, s.cache.page_size):
+        pytest.skip("made for Hopper, pages of whole blocks and triton 3.6")
+    kernel, *chained = name.split()
+    attention = MlaAttention(s.cache, s.rank, "triton")
+    config = HOPPER._replace(kernel=kernel, chained=bool(chained))
+    attention.backend = TritonSplits(s.cache, s.rank, processors, config)
     return attention
 
 
@@ -74,6 +91,40 @@ def test_the_grid_of_flash_mla(batch: int, queries: int, length: int, heads: int
     contexts, counts = rows_of(batch, queries, length, seed=heads)
     s = scene(contexts, counts, heads, **DEEPSEEK)
     close(run(s, MlaAttention(s.cache, 512)), s)
+
+
+@pytest.mark.parametrize(("batch", "queries", "length", "heads"), GRID)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_on_the_grid(batch: int, queries: int, length: int, heads: int, name: str) -> None:
+    contexts, counts = rows_of(batch, queries, length, seed=heads)
+    s = scene(contexts, counts, heads, **DEEPSEEK)
+    close(run(s, variant(s, name)), s)
+
+
+@pytest.mark.parametrize("name", [name for name in SCENES if name != "a prompt chunk"])
+@pytest.mark.parametrize("processors", [1, 4, 13])
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_every_variant_on_every_scene(name: str, processors: int, kind: str) -> None:
+    """Few processors give each part several requests, with odd and even numbers of blocks one after the other."""
+    page_size = max(64, SCENES[name].get("page_size", 64))
+    s = scene(**{**SCENES[name], **DEEPSEEK, "page_size": page_size})
+    close(run(s, variant(s, kind, processors)), s)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_variant_of_half_the_rank(kind: str) -> None:
+    s = scene([700, 130, 0, 64], [8, 3, 0, 8], 20, **{**DEEPSEEK, "rank": 256, "dtype": torch.float16})
+    close(run(s, variant(s, kind)), s)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_variant_repeats_its_bits(kind: str) -> None:
+    """A race between warpgroups or launches would show as other bits sooner or later."""
+    contexts, counts = rows_of(32, 2, 1500, seed=3)
+    s = scene(contexts, counts, heads=128, **DEEPSEEK)
+    attention = variant(s, kind)
+    first = run(s, attention)
+    assert all(torch.equal(first, run(s, attention)) for _ in range(50))
 
 
 @pytest.mark.parametrize(("batch", "queries", "length", "heads"), GRID[::3])
@@ -118,7 +169,7 @@ def test_the_hopper_kernel_is_the_one_under_test() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 32, 33, 300])
 @pytest.mark.parametrize("pieces", [1, 7, 66, 132])
 def test_the_planning_kernel_computes_the_reference_s_integers(rows: int, pieces: int) -> None:
-    from target.kernels.mla import launch_plan
+    from target.kernels.mla import HOPPER, launch_plan
 
     draw = random.Random(rows * pieces)
     stored = [draw.choice([0, 1, 63, 64, 65, draw.randrange(70_000)]) for _ in range(rows)]
@@ -126,14 +177,15 @@ def test_the_planning_kernel_computes_the_reference_s_integers(rows: int, pieces
     none = torch.empty(0, dtype=torch.int64, device="cuda")
     batch = Batch(none, none, torch.tensor(stored, device="cuda") - counts, counts, none)
     plan, expected = empty_splits(rows, pieces, none.device), empty_splits(rows, pieces, none.device)
-    launch_plan(plan, batch, 1)
+    launch_plan(plan, batch, HOPPER)
     fill_splits(expected, lengths(batch))
     assert torch.equal(plan.plan, expected.plan) and torch.equal(plan.splits, expected.splits)
 
 
-def test_nothing_is_read_on_the_host() -> None:
+@pytest.mark.parametrize("name", ["chosen", *VARIANTS])
+def test_nothing_is_read_on_the_host(name: str) -> None:
     s = scene([500, 70], [2, 1], heads=16, **DEEPSEEK)
-    attention = MlaAttention(s.cache, 512, "triton")
+    attention = MlaAttention(s.cache, 512, "triton") if name == "chosen" else variant(s, name)
     run(s, attention)
     torch.cuda.synchronize()
     with warnings.catch_warnings():
@@ -147,7 +199,7 @@ def test_nothing_is_read_on_the_host() -> None:
 
 # ---- recorded passes ----
 
-BACKENDS = ["triton", "torch", pytest.param("flash_mla", marks=needs_flash_mla)]
+BACKENDS = ["triton", "torch", *VARIANTS, pytest.param("flash_mla", marks=needs_flash_mla)]
 GROWTH = [([1, 40], [64, 63]), ([100, 100], [3000, 2]), ([63, 64], [65, 128]), ([3000, 9], [5, 2999])]
 
 
@@ -158,7 +210,8 @@ class Recorded:
         self.scene = scene([3000] * 2, [queries] * 2, heads=16, room=100, **DEEPSEEK)
         self.scene = self.scene._replace(batch=self.scene.batch._replace(static=True))
         self.kept = self.scene.cache.layers[1].clone()
-        self.attention = MlaAttention(self.scene.cache, 512, backend)
+        by_name = variant(self.scene, backend) if backend in VARIANTS else None
+        self.attention = by_name or MlaAttention(self.scene.cache, 512, backend)
         self.set(start)
         plan = self.attention.plan(self.scene.batch)
         self.eager(plan if used else None)
@@ -201,10 +254,11 @@ def test_a_plan_shared_with_the_warm_up_goes_stale(backend: str) -> None:
     assert (replayed - recorded.eager()).abs().max() > 0.01
 
 
-def test_a_plan_that_was_never_filled_is_wrong_but_harmless() -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_plan_that_was_never_filled_is_wrong_but_harmless(name: str) -> None:
     """Garbage records may not lead the kernels out of bounds."""
     s = scene([3000, 70], [2, 2], heads=16, **DEEPSEEK)
-    for attention in (MlaAttention(s.cache, 512, "triton"), portable(s, 32)):
+    for attention in (MlaAttention(s.cache, 512, "triton"), variant(s, name), portable(s, 32)):
         plan = attention.plan(s.batch)
         run(s, attention, plan)
         plans, draw = plan.metadata.state.plan, torch.Generator("cuda").manual_seed(0)

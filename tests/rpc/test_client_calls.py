@@ -463,6 +463,8 @@ def test_tls(tmp_path: Path) -> None:
 def test_missing_files_are_named() -> None:
     with pytest.raises(errors.ConfigError, match="/nowhere/ca.pem"):
         Client(tls=Tls(ca="/nowhere/ca.pem"))
+    with pytest.raises(errors.ConfigError, match="test_client_calls.py is no PEM file"):
+        Client(tls=Tls(ca=__file__))
     with pytest.raises(errors.ConfigError, match="both or neither"):
         Tls(cert="cert.pem")
 

@@ -13,7 +13,7 @@ from google.rpc import status_pb2
 from speculator import errors
 from speculator.client import ConnectionLostError, Created, Distribution, Proposed, RemoteError, SessionState, Verified
 from speculator.client import wire as wire
-from speculator.client.channel import Endpoint, read_token
+from speculator.client.channel import Endpoint, Tls, read_token
 from speculator.client.errors import BY_REASON, from_status
 from speculator.client.flow import GenerateFlow, SessionFlow, Wait
 from speculator.client.records import Chunk, Opening, Sampling, Shape, Stats, Stopping, Timing
@@ -278,6 +278,11 @@ def test_metadata_names_the_caller_and_the_session() -> None:
     rows = dict(Endpoint(token="sesame").metadata("s-1"))
     assert rows == {"authorization": "Bearer sesame", "x-session-id": "s-1", "session_id": "s-1"}
     assert Endpoint().metadata() == ()
+
+
+def test_silence_says_how_was_asked() -> None:
+    assert Endpoint("a:1").silence(2.0) == "no server at a:1 after 2 s, asked in plain text"
+    assert Endpoint("a:1", tls=Tls()).silence(0.5) == "no server at a:1 after 0.5 s, asked over TLS"
 
 
 def test_a_token_file(tmp_path) -> None:

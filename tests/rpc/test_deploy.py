@@ -33,10 +33,12 @@ def served() -> Iterator[tuple[health.HealthServicer, str]]:
     server.stop(None).wait()
 
 
-def checked(address: str) -> int:
-    """Exit status of the health check."""
-    environment = {**os.environ, "SPECULATOR_ADDRESS": address}
-    return subprocess.run([sys.executable, DEPLOY / "health.py"], env=environment, capture_output=True).returncode
+def checked(address: str, **more: str) -> int:
+    """Exit status of the health check; what is wrong it says in one line."""
+    environment = {**os.environ, "SPECULATOR_ADDRESS": address, **more}
+    done = subprocess.run([sys.executable, DEPLOY / "health.py"], env=environment, capture_output=True, text=True)
+    assert len(done.stderr.splitlines()) <= 1
+    return done.returncode
 
 
 def test_health_follows_the_service(served: tuple[health.HealthServicer, str]) -> None:
@@ -50,6 +52,7 @@ def test_health_follows_the_service(served: tuple[health.HealthServicer, str]) -
 
 def test_health_of_nobody() -> None:
     assert checked("127.0.0.1:1") == 1
+    assert checked("127.0.0.1:1", SPECULATOR_CA="/nowhere/ca.pem") == 1
 
 
 def test_image_copies_files_that_exist_and_are_not_ignored() -> None:

@@ -249,6 +249,22 @@ async def test_a_message_that_does_not_parse_ends_the_stream_only() -> None:
         await s.works()
 
 
+async def test_a_stream_that_ends_while_it_writes_says_why() -> None:
+    """An answer as large as the client's window is on its way and stays so until the client reads."""
+    async with serving() as s:
+        call = s.channel.stream_stream("/speculator.v1.DrafterService/Draft")()
+        name = "x" * (1 << 19)  # comes back in the sentence about it
+        await call.write(pb.DraftRequest(propose=pb.ProposeRequest(session_id=name)).SerializeToString())
+        await until(lambda: any(not stream._writer.idle() for stream in s.server._drafter.streams))
+        await call.write(b"\xff\xff\xff")
+        await asyncio.sleep(0.3)
+        assert b"no session" in await asyncio.wait_for(call.read(), 10)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call.read(), 10)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await s.works()
+
+
 async def test_a_finished_session_on_the_stream() -> None:
     async with streaming() as (_, stream):
         await stream.ask(create_session=create("a", stopping=bound(2)))

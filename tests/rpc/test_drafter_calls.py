@@ -327,6 +327,9 @@ BAD_TREES = {
         },
         "INVALID_TREE",
     ),
+    "nan": ({"tree": pb.DraftTree(token_ids=[5], logprobs=[math.nan])}, "INVALID_TREE"),
+    "certain beyond 1": ({"tree": pb.DraftTree(token_ids=[5], logprobs=[1000.0])}, "INVALID_TREE"),
+    "unknown distribution": ({"tree": pb.DraftTree(token_ids=[5], distribution=9)}, "INVALID_TREE"),
     "unknown draft": ({"draft_id": 77}, "DRAFT_NOT_FOUND"),
 }
 

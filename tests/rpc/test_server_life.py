@@ -6,9 +6,11 @@ import asyncio
 import datetime
 import os
 import signal
+import socket
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -23,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from speculator.config import Config, ServerConfig
 from speculator.core import DrafterCore
 from speculator.errors import ConfigError
-from speculator.server import Server, new_loop, serve
+from speculator.server import Server, check_listening, new_loop, serve
 from speculator.v1 import admin_pb2
 from speculator.v1 import drafter_pb2 as pb
 from tests.fakes import FakeEngine, info, plain
@@ -90,7 +92,7 @@ async def test_server_info() -> None:
         assert (answer.target_model, answer.draft_model, answer.draft_method) == ("fake-target", "fake-head", "eagle3")
         assert (answer.vocab_size, list(answer.eos_token_ids)) == (101, [0])
         assert answer.limits == admin_pb2.Limits(
-            max_context_length=256, max_tree_nodes=63, max_tree_depth=16, max_batch_items=8, max_sessions=8,
+            max_context_length=256, max_tree_nodes=63, max_tree_depth=16, max_batch_items=0, max_sessions=8,
             max_message_bytes=33554432,
         )  # fmt: skip
         assert answer.default_rule == pb.VERIFICATION_RULE_COUPLED
@@ -208,6 +210,7 @@ async def test_ten_times_too_much_work_is_refused_politely() -> None:
         engine.gate.set()
         answers = await asyncio.gather(*calls, return_exceptions=True)
         assert sum(isinstance(answer, pb.CreateSessionResponse) for answer in answers) == 6
+        assert s.core.totals.rejected == {"SERVER_FULL": 54}
         await s.works()
 
 
@@ -278,6 +281,22 @@ async def test_a_step_that_outlasts_the_grace_is_still_answered() -> None:
         await draining
 
 
+async def test_a_generation_longer_than_the_grace_is_ended_and_can_go_on_elsewhere() -> None:
+    engine = FakeEngine(info(max_context=4096, total_pages=1200))
+    engine.delay = 0.01
+    async with serving(engine, drain_grace_s=0.3) as s:
+        call = s.stub.Generate(pb.GenerateRequest(session=create("a", stopping=bound(4000))))
+        steps, tokens = aiter(call), list[int]()
+        tokens += (await anext(steps)).token_ids
+        draining = asyncio.create_task(s.server.drain())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for step in steps:
+                tokens += step.token_ids
+        assert (caught.value.code(), reason(caught.value)) == (Code.UNAVAILABLE, "DRAINING")
+        await asyncio.wait_for(draining, 10)
+        assert tokens == plain(PROMPT, len(tokens)) and 1 < len(tokens) < 4000
+
+
 async def test_an_idle_server_drains_at_once() -> None:
     async with serving(drain_grace_s=60) as s:
         await asyncio.wait_for(s.server.drain(), 10)
@@ -313,6 +332,33 @@ async def test_a_taken_metrics_port_is_a_clear_error() -> None:
         with pytest.raises(ConfigError, match="metrics"):
             await other.start()
         await other.stop()
+
+
+def test_what_cannot_work_is_known_before_models_are_loaded(tmp_path: Path) -> None:
+    def refused(match: str, **options: Any) -> None:
+        with pytest.raises(ConfigError, match=match):
+            check_listening(ServerConfig(**{"port": 0, "metrics_port": 0, **options}))
+
+    check_listening(ServerConfig(port=0, metrics_port=0))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused(rf"cannot listen on 127.0.0.1:{port} \(server.port\): Address already in use", port=port)
+        refused(r"\(server.metrics_port\): Address already in use", metrics_port=port)
+    refused("server.host no host is no address and no name", host="no host", insecure=True)
+    junk = tmp_path / "junk.pem"
+    junk.write_bytes(b"\xff\xfe")
+    refused("token file .*junk.pem cannot be read as UTF-8 text", token_file=str(junk))
+    refused("tls_cert .*junk.pem and .* cannot be used", tls_cert=str(junk), tls_key=str(junk))
+
+
+def test_files_of_another_certificate_are_named(authority: Authority) -> None:
+    (cert, key), (_, other) = authority.issue("server"), authority.issue("other")
+    tls = {"port": 0, "metrics_port": 0, "tls_cert": cert}
+    check_listening(ServerConfig(**tls, tls_key=key, tls_client_ca=authority.file))
+    with pytest.raises(ConfigError, match="other.key cannot be used: .*MISMATCH"):
+        check_listening(ServerConfig(**tls, tls_key=other))
+    with pytest.raises(ConfigError, match="tls_client_ca .*server.key cannot be used"):
+        check_listening(ServerConfig(**tls, tls_key=key, tls_client_ca=key))
 
 
 def test_the_loop_is_as_configured() -> None:

@@ -13,7 +13,7 @@ from speculator.bench.bootstrap import interval, ratio, split_differences, stude
 from speculator.bench.calibration import calibration, token_class, token_classes
 from speculator.bench.clock import recommend
 from speculator.bench.compare import compare
-from speculator.bench.figures import Counted, by_context, figures, grouped, prompt_rows
+from speculator.bench.figures import Counted, by_context, figures, grouped, mean_tau, prompt_rows
 from speculator.bench.measure import other_shapes, seed_split
 from speculator.bench.outcomes import Outcome
 from speculator.bench.plain import RecordError
@@ -113,6 +113,15 @@ def test_a_seed_that_changes_nothing_is_no_difference() -> None:
     assert seed_split(same, counted((2, 2, 3), (2, 1, 2), (2, 2, 3), (2, 2, 3)), 2).difference == 0.75
 
 
+def test_the_mean_over_sets_gives_each_set_the_same_weight() -> None:
+    low, high = counted(*[(2, 1, 2)] * 9), counted(*[(2, 2, 3), (2, 1, 2), (2, 3, 4)])
+    assert mean_tau([low, high], 3, resamples=0) == (2.5, None)
+    mean, band = mean_tau([low, high], 3, resamples=400)
+    assert mean == 2.5 and band is not None and band[0] < 2.5 < band[1]
+    assert mean_tau([low], 3, resamples=400) == (2.0, (2.0, 2.0))
+    assert mean_tau([[]], 3) == (None, None)
+
+
 # calibration
 
 
@@ -130,6 +139,10 @@ def test_a_calibrated_head_has_no_error_and_an_overconfident_one_has() -> None:
     assert [(b.low, b.count, b.acceptance) for b in honest.bins if b.count] == [(0.3, 10, 0.3), (0.7, 10, 0.7)]
     proud = calibration([drafted("a", 0.95, 5), drafted("b", 0.95, 5)], 2, resamples=0)
     assert proud.ece == pytest.approx(0.45, abs=1e-6) and proud.ece_at == (proud.ece, None)
+    banded = calibration([drafted(str(i), 0.95, 3 + i) for i in range(4)], 1, resamples=300).bins
+    assert [b.interval is not None for b in banded] == [False] * 9 + [True]
+    low, high = banded[-1].interval or (0, 0)
+    assert low < (banded[-1].acceptance or 0) == 0.45 < high
 
 
 def test_token_classes_follow_the_text_of_the_answer() -> None:

@@ -121,6 +121,20 @@ def test_a_recording_of_other_settings_is_refused(engine: Engine, tmp_path: Path
         play(engine, tmp_path / "run.jsonl", 1, {**SETTINGS, "depth": 5})
 
 
+def test_a_recording_of_other_texts_is_refused(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(engine, tmp_path / "run.jsonl", 2)
+    changed = [replace(prompt, turns=("another question", *prompt.turns[1:])) for prompt in toy_prompts(2)]
+    monkeypatch.setitem(globals(), "toy_prompts", lambda count: changed[:count])
+    with pytest.raises(RecordError, match="prompt . of toy was another text when it was recorded"):
+        play(engine, tmp_path / "run.jsonl", 2)
+
+
+def test_a_recording_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="cannot be written"):
+        Recording(tmp_path / "file" / "run.jsonl", SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -87,9 +87,13 @@ def test_overrides_inside_a_table_add_up() -> None:
     [
         (
             "engin.page_size=1",
-            "Unknown section 'engin'; known sections: draft, engine, graphs, model, sampling, server.",
+            "Unknown section 'engin'; known sections: draft, engine, graphs, model, parallel, policy, sampling, "
+            "server.",
         ),
-        ("engine.pagesize=1", "'pagesize'; known keys: kv_tokens, max_context, max_sessions, memory_share, page_size"),
+        (
+            "engine.pagesize=1",
+            "'pagesize'; known keys: invariant, kv_tokens, max_context, max_sessions, memory_share, page_size",
+        ),
         ("engine.page_size=big", 'engine.page_size must be a whole number, not "big".'),
         ("engine.page_size=1.5", "engine.page_size must be a whole number, not 1.5."),
         ("engine.page_size=true", "engine.page_size must be a whole number, not true."),

@@ -39,6 +39,8 @@ def q(*rows: tuple[tuple[int, ...], tuple[float, ...]]) -> tuple[Distribution, .
         (Draft((5,) * 64, (-1,) * 64), "64 nodes, the limit is 63"),
         (Draft((5,) * 17, tuple(range(-1, 16))), "17 levels deep, the limit is 16"),
         (Draft((5,), (-1,), (-0.1, -0.2)), "logprobs has 2"),
+        (Draft((5, 6), (-1, 0), (-0.1, math.nan)), "log-probability of node 1 is NaN or above 0"),
+        (Draft((5,), (-1,), (1000.0,)), "log-probability of node 0 is NaN or above 0"),
         (Draft((5, 6), (-1, 0), q=q(((5,), (0.0,)))), "1 entries for 2 tokens"),
         (Draft((5,), (-1,), q=q(((5, 6), (HALF, math.log(0.3))))), "sums to 0.8"),
         (Draft((5,), (-1,), q=q(((6, 7), (HALF, HALF)))), "not in the support"),
@@ -50,8 +52,9 @@ def q(*rows: tuple[tuple[int, ...], tuple[float, ...]]) -> tuple[Distribution, .
     ],
 )
 def test_bad_trees_are_named(draft: Draft, words: str) -> None:
-    with pytest.raises(InvalidTreeError, match=words):
+    with pytest.raises(InvalidTreeError, match=words) as caught:
         validate(draft, INFO)
+    assert caught.value.field.startswith("tree")
 
 
 @pytest.mark.parametrize("draft", [Draft((101,), (-1,)), Draft((5,), (-1,), q=q(((5, 101), (HALF, HALF))))])
@@ -63,6 +66,7 @@ def test_foreign_tokens_are_named(draft: Draft) -> None:
 def test_good_trees_pass() -> None:
     validate(Draft(), INFO)
     validate(Draft((5, 5, 6), (-1, -1, 1)), INFO)
+    validate(Draft((5, 6, 7), (-1, 0, 1), (0.0, -0.5, -math.inf)), INFO)
     validate(Draft((5,), (-1,), q=q(((5, 6), (HALF, HALF)))), INFO)
     validate(Draft((5, 6), (-1, 0)), INFO, Rule.BLOCK)
 

@@ -178,6 +178,8 @@ def test_families_are_known_by_their_tensors(folder: Folder, tensor: str, family
         ({"head_dim": "eight"}, "head_dim must be a positive integer, got 'eight'"),
         ({"head_dim": ..., "num_attention_heads": ...}, "neither head_dim nor num_attention_heads"),
         ({"head_dim": 7}, "q_proj has 32 rows, no multiple of head_dim 7"),
+        ({"head_dim": True}, "head_dim must be a positive integer, got True"),
+        ({"architectures": True}, "architectures must be a list of names, got True"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
         ({"num_aux_hidden_states": 5}, "num_aux_hidden_states is 5, but fc reads 3"),
         ({IDS: [2, 6]}, "fc reads 3 hidden states but 2 boundaries"),

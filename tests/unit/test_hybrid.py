@@ -535,12 +535,3 @@ def test_the_tape_refuses_slots_that_come_from_the_host(small: Twins) -> None:
 
     with torch.inference_mode(), pytest.raises(CaptureError, match="host data"):
         TapeRecorder().record(lambda: rig.verify(batch, [1]))
-
-
-def test_a_hybrid_is_not_served_yet_and_says_so(small: Twins) -> None:
-    from speculator.config import load as load_settings
-    from speculator.errors import ConfigError
-    from speculator.load import load_engine
-
-    with pytest.raises(ConfigError, match="recurrent layers .* cannot be served yet"):
-        load_engine(load_settings(None, [f"model.target={small.folder}", "model.device=cpu"]))

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphs.tape import TapeRecorder
+from speculator.bench.mla import _choices, _losses
 from target.attention.flash import SchedulerMetadata
 from target.attention.mla import MlaAttention, MlaMetadata, MlaPlan, PassShape, TorchSplits, parts
-from target.attention.splits import BLOCK, OVERHEAD, Splits, empty_splits, fill_splits
+from target.attention.splits import BLOCK, Splits, aligned, empty_splits, fill_splits, gap
 from target.batch import Batch
 from target.errors import PlanError
 from tests.unit.mla_scenes import RANK, ROPE, SCALE, SCENES, by_hand, run, scene
@@ -73,16 +74,28 @@ def test_every_block_belongs_to_one_part_and_splits_are_numbered_through(
 @many
 @given(stored=lengths, pieces=st.integers(1, 140))
 def test_no_part_is_overloaded(stored: list[int], pieces: int) -> None:
-    total = sum(-(-n // BLOCK) + OVERHEAD for n in stored if n)
+    start = gap(pieces, len(stored))
+    total = max(sum(-(-n // BLOCK) + start for n in stored if n) - start, 0)
     for part in blocks_of(planned(stored, pieces), stored):
-        cost = len(part) + OVERHEAD * len({request for request, *_ in part})
-        assert cost <= -(-total // pieces) + 2 * OVERHEAD
+        cost = len(part) + start * len({request for request, *_ in part})
+        assert cost <= max(-(-total // pieces), 1) + start
     assert len(blocks_of(planned(stored, pieces), stored)) == pieces
 
 
 def test_grain_keeps_short_requests_together() -> None:
     assert planned([64 * 8], 132).splits.tolist() == [0, 8]
     assert planned([64 * 8], 132, grain=4).splits.tolist()[1] <= 3
+
+
+@pytest.mark.parametrize(("tiles", "requests", "spread"), [(4, 32, 1), (2, 32, 2), (1, 32, 4), (8, 32, 1), (1, 66, 2)])
+@pytest.mark.parametrize("stored", [512, 4096, 65536])
+def test_equal_requests_are_cut_no_more_than_needed(tiles: int, requests: int, spread: int, stored: int) -> None:
+    plan = planned([stored] * requests, aligned(132 // tiles, requests))
+    assert plan.splits.diff().tolist() == [spread] * requests
+
+
+def test_few_parts_are_given_up_for_whole_requests() -> None:
+    assert [aligned(33, n) for n in (1, 5, 11, 32, 64, 25, 200)] == [33, 30, 33, 32, 32, 33, 33]
 
 
 def test_parts_times_tiles_fill_the_device() -> None:
@@ -347,16 +360,35 @@ def test_blocks_through_the_copy_engine(tree: bool) -> None:
 def test_the_planning_kernel_computes_the_same_integers(
     stored: list[int], pieces: int, grain: int, offset: int
 ) -> None:
-    from target.kernels.mla import launch_plan
+    from target.kernels.mla import Config, launch_plan
 
     counts = torch.tensor([min(n, 2) for n in stored])
     context = torch.tensor(stored) - counts
     none = torch.empty(0, dtype=torch.int64)
     batch = Batch(none, none, context, counts, none, offset=offset)
     plan = empty_splits(len(stored), pieces, torch.device("cpu"))
-    launch_plan(plan, batch, grain)
+    launch_plan(plan, batch, Config(64, 8, 2, grain))
     expected = planned([n and n + offset for n in stored], pieces, grain)
     assert torch.equal(plan.plan, expected.plan) and torch.equal(plan.splits, expected.splits)
+
+
+@on_the_interpreter
+@pytest.mark.parametrize(("requests", "rows", "pieces"), [(2, 5, 40), (3, 50, 11), (3, 345, 5)])
+def test_results_in_many_pieces_are_joined(requests: int, rows: int, pieces: int) -> None:
+    """Request 0 is complete, the last has nothing; an empty piece holds NaN. Every way to cut the work up is taken."""
+    from target.kernels.mla import launch_combine
+
+    generator = torch.Generator().manual_seed(rows)
+    splits = torch.tensor([0, 1] + [pieces + 1] * (requests - 1), dtype=torch.int32)
+    partial = torch.randn(pieces + 1 + requests, rows, 24, generator=generator)
+    lse = torch.randn(pieces + 1 + requests, rows, generator=generator) * 20
+    lse[3], partial[3] = -torch.inf, torch.nan
+    out = torch.full((requests, rows, 24), 7.0)
+    launch_combine(partial, lse, splits, out)
+    weights = (lse[1 : pieces + 1].double() * 0.6931471805599453).softmax(0)
+    expected = (partial[1 : pieces + 1].nan_to_num().double() * weights[..., None]).sum(0).float()
+    assert bool((out[0] == 7.0).all()) and bool((out[2:] == 0.0).all())
+    torch.testing.assert_close(out[1], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_masks_that_do_not_lie_row_by_row() -> None:
@@ -369,3 +401,34 @@ def test_masks_that_do_not_lie_row_by_row() -> None:
     assert attention.plan(crooked.batch).batch.ancestors.is_contiguous()  # type: ignore[union-attr]
     with pytest.raises(PlanError, match="must be contiguous"):
         attention.plan(crooked.batch._replace(static=True))
+
+
+# ---- what is chosen ----
+
+
+def test_the_table_of_kernels_covers_every_batch_and_its_first_line_that_holds_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels = pytest.importorskip("target.kernels.mla")
+    assert all(isinstance(kernels.chosen(n, rows), kernels.Config) for n in (1, 32, 300) for rows in (1, 64, 2048))
+    assert all(config.kernel in kernels.HOPPER_KERNELS for _, _, config in kernels.CHOICES)
+    table = ((256, 8, kernels.SEESAW), (0, 16, kernels.HOPPER._replace(grain=2)), (0, 0, kernels.HOPPER))
+    monkeypatch.setattr(kernels, "CHOICES", table)
+    asked = [(8, 256), (16, 255), (7, 256), (1, 1)]
+    assert [kernels.chosen(*one) for one in asked] == [table[0][2], table[1][2], table[2][2], table[2][2]]
+
+
+def test_few_rows_are_joined_by_more_programs() -> None:
+    kernels = pytest.importorskip("target.kernels.mla")
+    for rows, rank in ((1, 512), (128, 512), (1024, 512), (8192, 512), (8192, 24)):
+        together, chunk, width = kernels.combine_tile(rows, rank)
+        assert together * chunk * width <= 4096 and -(-rows // together) * -(-rank // width) >= min(rows, 2048)
+
+
+def test_a_variant_s_loss_is_taken_over_the_cells_where_it_ran() -> None:
+    cells = [{"a": (10.0, 5.0), "b": (20.0, 5.0), "c": (1.0, 1.0)}, {"a": (30.0, 10.0), "b": (15.0, 10.0)}]
+    assert _losses(cells[1:]) == {"a": 0.5, "b": 0.0}
+    assert set(_losses(cells)) == {"a", "b"}  # c did not run everywhere
+    rows = [{"heads": 4, "queries": 2, "batch": 1, "times": {"a": (1.0, 1.0), "b": "wrong"}}]
+    assert list(_choices(rows)) == ["rows    8 batch  1: a +0%"]
+    assert list(_choices([{**rows[0], "times": {"b": "wrong"}}])) == ["rows    8 batch  1: nothing ran everywhere"]

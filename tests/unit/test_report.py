@@ -172,11 +172,18 @@ def test_runs_of_several_seeds_share_a_cell_of_the_heat_map() -> None:
     assert "5 / 48 / 8" in heat_grid(replace(made, sweep=(tree,))).columns
 
 
+def test_curves_of_trees_and_chains_are_told_apart() -> None:
+    made = full_report()
+    tree = replace(made, settings=replace(made.settings, shape=Shape(3, 20, 4)))
+    assert "this head, chain" in charts.survival(made) and "this head, tree" in charts.survival(tree)
+    assert "measured, tree" in charts.conditional(tree) and "theory of a chain" in charts.conditional(tree)
+
+
 def test_headlines_bear_their_intervals() -> None:
     shown = {one.key: (one.value, one.interval) for one in headlines(full_report())}
     assert shown["tau"] == ("2.33", "2.23 to 2.43")
     assert shown["measured"] == ("1.15 x", "predicted 1.17")
-    assert shown["recommended_depth"] == ("3", "")
+    assert shown["recommended_depth"] == ("depth 3", "")
 
 
 def test_numbers_in_words() -> None:

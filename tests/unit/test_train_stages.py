@@ -86,7 +86,7 @@ def short(recipe: Recipe) -> Recipe:
     )
 
 
-@pytest.fixture(scope="module", params=["toy", "toy-moe"])
+@pytest.fixture(scope="module", params=["toy", "toy-moe", "toy-hybrid"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run."""
     root = tmp_path_factory.mktemp("run")
@@ -171,18 +171,21 @@ def test_the_experts_were_balanced_in_target_and_module(run: Run) -> None:
 def test_the_card_says_what_the_pair_is(run: Run) -> None:
     card = (run.out / "README.md").read_text("utf-8")
     if run.recipe.head.kind == "mtp":
-        assert "DeepSeek-V3 layout" in card and "experts" in card and "MTP module" in card and "eagle3" not in card
+        layout = "Qwen3.5 layout" if run.recipe.target.delta else "DeepSeek-V3 layout"
+        part = "gated DeltaNet (4 states of 16 x 16)" if run.recipe.target.delta else "experts"
+        assert layout in card and part in card and "MTP module" in card and "eagle3" not in card
         assert f"{result(run, 'head')['parameters'] / 1e6:.2f} M" in card
     else:
         assert "Llama layout" in card and "| eagle3 |" in card
     assert f"python -m speculator.train {run.recipe.name} " in card
 
 
-def test_the_recipe_of_the_second_pair_fits_into_twelve_mebibytes() -> None:
-    recipe = load_recipe(bundled_recipe("nano-moe"))
+@pytest.mark.parametrize(("name", "dims"), [("nano-moe", {2, 3}), ("nano-hybrid", {2})])
+def test_recipes_of_bundled_pairs_fit_into_twelve_mebibytes(name: str, dims: set[int]) -> None:
+    recipe = load_recipe(bundled_recipe(name))
     model = new_target(target_config(recipe.target, recipe.tokenizer.vocab_size), seed=0)
     head = new_head(model, recipe.head, recipe.taps, seed=0)
     size = 2 * sum(p.numel() for m in (model, head) for p in m.parameters())
     assert 11.5 * 2**20 < size < 11.75 * 2**20  # the rest is for the tokenizer, the card and the results
     matrices, rest = split_parameters(model)
-    assert {p.dim() for p in matrices} == {2, 3} and max(p.dim() for p in rest) == 2
+    assert {p.dim() for p in matrices} == dims and max(p.dim() for p in rest) == (3 if recipe.target.delta else 2)

@@ -250,8 +250,11 @@ def test_confidence_is_counted_up_to_the_first_rejection() -> None:
     counts.record(chain, 1, 1)  # the text ended after the first
     counts.record(Draft((1, 2), (-1, -1), (-0.1, -0.2)), 1, 1)  # a tree
     counts.record(Draft((1,), (-1,)), 1, 1)  # from a client
-    assert counts.judged == [0, 0, 0, 0, 0, 1, 0, 0, 0, 2]
-    assert counts.accepted == [0, 0, 0, 0, 0, 0, 0, 0, 0, 2]
+    counts.record(Draft((1,), (-1,), (math.nan,)), 1, 0)  # from a head whose logits overflowed
+    assert sum(counts.judged) == 3
+    counts.record(Draft((1,), (-1,), (1e-6,)), 1, 1)  # a log q that rounding put above 0
+    assert counts.judged == [0, 0, 0, 0, 0, 1, 0, 0, 0, 3]
+    assert counts.accepted == [0, 0, 0, 0, 0, 0, 0, 0, 0, 3]
 
 
 def test_a_scrape_shows_calibration() -> None:

@@ -71,6 +71,19 @@ async def test_a_late_message_does_not_overtake_those_that_wait() -> None:
     assert wire.begun == [0, 1, 2]
 
 
+async def test_finish_drops_what_waits_and_waits_for_what_is_under_way() -> None:
+    wire = Wire()
+    await wire.writer.finish()  # nothing to wait for
+    wire.writer.put(1)
+    wire.writer.put(2)
+    ending = asyncio.ensure_future(wire.writer.finish())
+    await asyncio.sleep(0)
+    assert not ending.done()
+    await wire.end()
+    await asyncio.wait_for(ending, 5)
+    assert wire.begun == [1] and wire.writer.idle()
+
+
 async def test_it_reports_when_all_has_left() -> None:
     wire = Wire()
     wire.writer.put(1)

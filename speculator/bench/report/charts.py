@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from speculator.bench.records import Calibration, Interval, Report, Time
+from speculator.bench.records import Calibration, Interval, Report, Shape, Time
 from speculator.bench.report.heat import heat_grid
 from speculator.bench.report.svg import BOTTOM, TOP, Axis, Chart, Point, step_axis, unit_axis, value_axis
-from speculator.bench.report.words import at, number, number_range, seconds, share, share_range
+from speculator.bench.report.words import at, bracketed, number, number_range, seconds, share, share_range
 
 Shares = Sequence[float | None]
+PLAIN = 5  # the colour of plain decoding, after those of a round's parts
 
 
 def survival(report: Report) -> str:
@@ -22,10 +23,10 @@ def survival(report: Report) -> str:
     chart = Chart("Survival by draft position", _positions(figures.survival), unit_axis("rounds that got this far"))
     _rates(chart, figures.survival, figures.intervals.survival, series=0)
     if report.baselines:
-        chart.name(0, "this head")
+        chart.name(0, f"this head, {_kind(report.settings.shape)}")
     for series, baseline in enumerate(report.baselines[:3], start=1):
         _rates(chart, baseline.figures.survival, baseline.figures.intervals.survival, series)
-        chart.name(series, baseline.name)
+        chart.name(series, f"{baseline.name}, {_kind(baseline.shape)}")
     return chart.svg()
 
 
@@ -35,10 +36,16 @@ def conditional(report: Report) -> str:
     chart = Chart("Conditional acceptance by draft position", _positions(figures.conditional), unit_axis("accepted"))
     _rates(chart, figures.conditional, figures.intervals.conditional, series=0)
     if report.theory is not None:
-        _rates(chart, report.theory.acceptance[: len(figures.conditional)], (), series=1)
-        chart.name(0, "measured")
-        chart.name(1, "theory, 1 - TV(p, q)")
+        theory = report.theory
+        _rates(chart, theory.acceptance[: len(figures.conditional)], theory.intervals, series=1)
+        chart.name(0, f"measured, {_kind(report.settings.shape)}")
+        chart.name(1, f"theory of a chain, 1 - TV(p, q), {theory.rule}")
     return chart.svg()
+
+
+def _kind(shape: Shape) -> str:
+    """Trees accept more than chains by construction: a curve says which it is of."""
+    return "tree" if shape.parents or shape.branching > 1 else "chain"
 
 
 def histogram(report: Report) -> str:
@@ -61,26 +68,29 @@ def calibration(found: Calibration) -> str:
     most = max((one.count for one in found.bins), default=0)
     for one in found.bins:
         if one.confidence is not None and one.acceptance is not None:
-            says = f"{one.count} tokens: confidence {share(one.confidence)}, accepted {share(one.acceptance)}"
+            accepted = bracketed(share(one.acceptance), share_range(one.interval))
+            says = f"{one.count} tokens: confidence {share(one.confidence)}, accepted {accepted}"
+            if one.interval is not None:
+                chart.whisker(one.confidence, *one.interval)
             chart.dot(one.confidence, one.acceptance, says, radius=3 + 9 * math.sqrt(one.count / most))
     return chart.svg()
 
 
 def ledger(time: Time) -> str:
     """One bar of the parts of the mean round, above the bar of plain decoding for the same tokens."""
-    parts = [("draft", time.ledger.draft), ("verify", time.ledger.verify), ("host", time.ledger.host)]
+    parts = time.ledger.parts
     plain = time.tau * time.plain_token
     axis = value_axis("milliseconds", 1e3 * max(time.ledger.round, plain))
     rows = Axis("", 0.0, 2.0, [(1.5, "round"), (0.5, "plain")])
     chart = Chart("Time of a round beside plain decoding of as many tokens", axis, rows, height=150)
     start = 0.0
-    for series, (name, spent) in enumerate(parts):
+    for series, (name, spent) in enumerate(parts.items()):
         says = f"{name}: {seconds(spent)}, {share(spent / time.ledger.round if time.ledger.round else None)} of a round"
         chart.box(1e3 * start, 1e3 * (start + spent), 1.15, 1.85, says, series)
         chart.name(series, f"{name} {seconds(spent)}")
         start += spent
-    chart.box(0, 1e3 * plain, 0.15, 0.85, f"plain decoding of {number(time.tau)} tokens: {seconds(plain)}", 3)
-    chart.name(3, f"plain decoding of {number(time.tau)} tokens {seconds(plain)}")
+    chart.box(0, 1e3 * plain, 0.15, 0.85, f"plain decoding of {number(time.tau)} tokens: {seconds(plain)}", PLAIN)
+    chart.name(PLAIN, f"plain decoding of {number(time.tau)} tokens {seconds(plain)}")
     return chart.svg()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from speculator.bench.outputs import check_files
 from speculator.bench.records import Report, read_report, write_report
 from speculator.bench.report.html import page
 from speculator.bench.report.plots import write_plots
@@ -21,9 +22,11 @@ from speculator.errors import ConfigError
 def main(argv: list[str] | None = None) -> int:
     """Print the table and write what was asked for; exit code 0.
 
-    Raises RecordError, naming the field, for a file that is not a report of this version.
+    Raises RecordError, naming the field, for a file that is not a report of this version, ConfigError for outputs that
+    cannot be written.
     """
     args = _parser().parse_args(argv)
+    check_files(args.json, args.output)
     report = _read(args)
     if args.json:
         write_report(report, args.json)

@@ -23,9 +23,18 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
 
     Raises ConfigError when matplotlib is not installed.
     """
-    figure_class = _matplotlib()
-    folder.mkdir(parents=True, exist_ok=True)
+    figure_class = check_plots(folder)
     return [_draw(figure_class, report, folder / f"{name}.png", draw) for name, draw in _plots(report).items()]
+
+
+def check_plots(folder: Path) -> Any:
+    """Makes the folder; what draws into it. Raises ConfigError when it cannot be, or matplotlib is not installed."""
+    figure_class = _matplotlib()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made a folder of plots: {error.strerror}.") from None
+    return figure_class
 
 
 def _matplotlib() -> Any:
@@ -84,6 +93,9 @@ def _calibration(axes: Any, found: Calibration) -> None:
     bins = [one for one in found.bins if one.confidence is not None and one.acceptance is not None]
     most = max((one.count for one in bins), default=1)
     axes.plot([0, 1], [0, 1], linestyle="--", color="grey", linewidth=1)
+    for one in bins:
+        if one.interval is not None:
+            axes.plot([one.confidence] * 2, one.interval, color="C0", linewidth=1, alpha=0.6)
     sizes = [10 + 90 * one.count / most for one in bins]
     axes.scatter([one.confidence for one in bins], [one.acceptance for one in bins], s=sizes)
     axes.set(xlabel="confidence of the head", ylabel="accepted", xlim=(0, 1), ylim=(0, 1))
@@ -91,13 +103,12 @@ def _calibration(axes: Any, found: Calibration) -> None:
 
 def _ledger(axes: Any, time: Time) -> None:
     left = 0.0
-    for name in ("draft", "verify", "host"):
-        spent = 1e3 * getattr(time.ledger, name)
-        axes.barh("round", spent, left=left, label=name)
-        left += spent
+    for name, seconds in time.ledger.parts.items():
+        axes.barh("round", 1e3 * seconds, left=left, label=name)
+        left += 1e3 * seconds
     axes.barh("plain", 1e3 * time.tau * time.plain_token, color="grey", label=f"plain, {number(time.tau)} tokens")
     axes.set(xlabel="milliseconds")
-    axes.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    axes.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def _sweep(axes: Any, report: Report) -> None:

@@ -7,11 +7,11 @@ STYLE = """
 :root { color-scheme: light dark;
   --page: #fbfbfa; --card: #ffffff; --ink: #1b1c1e; --soft: #5c6066; --rule: #dfe1e4;
   --warn: #fff1d6; --warn-ink: #6b4300;
-  --c0: #2466c8; --c1: #b9500f; --c2: #157a5d; --c3: #7d46b8; }
+  --c0: #2466c8; --c1: #b9500f; --c2: #157a5d; --c3: #7d46b8; --c4: #a8326b; --c5: #7c8087; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #16171a; --card: #1e2024; --ink: #ecedef; --soft: #a4a9b1; --rule: #34383e;
   --warn: #4a3510; --warn-ink: #ffdf9e;
-  --c0: #77a9f7; --c1: #f09a5e; --c2: #51c3a0; --c3: #bd95ee; } }
+  --c0: #77a9f7; --c1: #f09a5e; --c2: #51c3a0; --c3: #bd95ee; --c4: #ef86b6; --c5: #9a9fa7; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
@@ -41,6 +41,7 @@ th:first-child, td:first-child, .words th, .words td { text-align: left; }
 details { margin-top: 16px; } summary { cursor: pointer; font-weight: 600; }
 dt { font-weight: 600; } dd { margin: 0 0 8px; color: var(--soft); max-width: 80ch; }
 .s0 { --own: var(--c0); } .s1 { --own: var(--c1); } .s2 { --own: var(--c2); } .s3 { --own: var(--c3); }
+.s4 { --own: var(--c4); } .s5 { --own: var(--c5); }
 .line { fill: none; stroke: var(--own); stroke-width: 2; }
 .dashed { stroke-dasharray: 5 5; } .muted { --own: var(--soft); }
 .band { fill: var(--own); fill-opacity: .18; } .whisker { stroke: var(--own); stroke-width: 2; stroke-opacity: .55; }

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 26, 16, 48
-SERIES = 4  # colour classes s0..s3
+SERIES = 6  # colour classes s0..s5
 
 Point = tuple[float, float]
 

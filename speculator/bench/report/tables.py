@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from speculator.bench.records import Figures, Report
+from speculator.bench.records import Figures, Report, SweepPoint
 from speculator.bench.report.words import (
     NONE,
     at,
@@ -43,9 +43,12 @@ def tables(report: Report) -> list[Table]:
         *(_group(name, groups) for name, groups in report.groups.items()),
         _token_classes(report),
         _counterfactual(report),
+        _ledger(report),
+        _speed(report),
         _costs(report),
         _baselines(report),
         _sweep(report),
+        beside(report),
         _theory(report),
         _noise(report),
         _repetition(report),
@@ -55,7 +58,7 @@ def tables(report: Report) -> list[Table]:
 
 def reference_tables(report: Report) -> list[Table]:
     """What other engines call the figures, and where the run came from."""
-    made = [_names(report), settings(report), provenance(report)]
+    made = [names(report), settings(report), provenance(report)]
     return [table for table in made if table.rows]
 
 
@@ -66,7 +69,7 @@ def by_position(report: Report) -> Table:
             str(i + 1),
             bracketed(share(survival), share_range(at(found.survival, i))),
             bracketed(share(_at(figures.conditional, i)), share_range(at(found.conditional, i))),
-            share(_at(figures.acceptance, i)),
+            bracketed(share(_at(figures.acceptance, i)), share_range(at(found.acceptance, i))),
             _count(figures.accepted_at, i),
             _count(figures.drafted_at, i),
         ]
@@ -129,12 +132,31 @@ def _baselines(report: Report) -> Table:
 
 
 def _sweep(report: Report) -> Table:
-    rows = (
-        (", ".join(filter(None, (one.head, shape_text(one.shape), sampling_text(one.temperature, one.rule)))), one)
-        for one in report.sweep
-    )
-    named = ((f"{name}, seed {one.seed}", one.figures) for name, one in rows)
+    named = ((f"{_run_name(one)}, seed {one.seed}", one.figures) for one in report.sweep)
     return _by("Sweep", "run", "Each row is another run on the same prompts.", named)
+
+
+def _run_name(one: SweepPoint) -> str:
+    return ", ".join(filter(None, (one.head, shape_text(one.shape), sampling_text(one.temperature, one.rule))))
+
+
+def beside(report: Report) -> Table:
+    """The runs of a sweep in pairs that differ in one choice."""
+    rows = [
+        [
+            _run_name(one),
+            _run_name(report.sweep[pair.point]),
+            f"{pair.difference:+.3f}",
+            "" if pair.interval is None else f"{pair.interval[0]:+.3f} to {pair.interval[1]:+.3f}",
+            f"{pair.p:.4f}",
+            ("yes" if pair.significant else "no"),
+            ", ".join(map(str, pair.positions)) or NONE,
+        ]
+        for one in report.sweep
+        for pair in one.against
+    ]
+    note = "Paired over prompts; the p values are Holm's over all pairs. Positions: where survival differs."
+    return Table("Sweep, in pairs", note, ["run", "against", "tau", "interval", "p", "differs", "positions"], rows)
 
 
 def _token_classes(report: Report) -> Table:
@@ -147,6 +169,37 @@ def _token_classes(report: Report) -> Table:
 
 
 # ---- time and trust ----
+
+
+def _ledger(report: Report) -> Table:
+    ledger = report.time.ledger if report.time else None
+    if ledger is None:
+        return Table("Where a round goes", "", [], [])
+    whole = ledger.wall or ledger.round
+    rows = [[name, seconds(spent), _share_of(spent, whole)] for name, spent in ledger.parts.items()]
+    if ledger.wall:
+        rest = ledger.wall - ledger.round
+        rows += [["between the parts", seconds(rest), _share_of(rest, whole)], ["by the clock", seconds(whole), ""]]
+    note = f"Mean of {ledger.rounds} rounds of one session. What each part is stands in the definitions, as ledger."
+    return Table("Where a round goes", note, ["part", "time", "share"], rows)
+
+
+def _share_of(part: float, whole: float) -> str:
+    return share(part / whole if whole else None)
+
+
+def _speed(report: Report) -> Table:
+    time = report.time
+    rows = []
+    if time is not None:
+        rows = [
+            ["predicted", f"{number(time.predicted)} x"],
+            ["measured", f"{bracketed(number(time.measured), number_range(time.interval))} x"],
+        ]
+        rows += [["predicted / measured - 1", f"{100 * time.gap:+.1f} %"]] if time.gap is not None else []
+        rows += [["time of a plain token", seconds(time.plain_token)], ["tau of the timed rounds", number(time.tau)]]
+    note = "Predicted: tau x time of a plain token / time of a round (medians). Measured: tokens a second by the clock."
+    return Table("Speed-up over plain decoding", note, ["what", "value"], rows)
 
 
 def _costs(report: Report) -> Table:
@@ -163,8 +216,12 @@ def _costs(report: Report) -> Table:
 def _theory(report: Report) -> Table:
     theory = report.theory
     columns = zip(theory.acceptance, theory.measured, theory.count, strict=True) if theory else ()
-    rows = [[str(i + 1), share(a), share(m), str(n)] for i, (a, m, n) in enumerate(columns)]
-    note = "1 - TV(p, q) is the acceptance that rejection sampling reaches with this head."
+    bands = theory.intervals if theory else ()
+    rows = [
+        [str(i + 1), bracketed(share(a), share_range(at(bands, i))), share(m), str(n)]
+        for i, (a, m, n) in enumerate(columns)
+    ]
+    note = "What rejection sampling accepts with this head, from a run of its own: chains under the rejection rule."
     return Table("Theoretical acceptance", note, ["position", "1 - TV(p, q)", "measured", "rounds"], rows)
 
 
@@ -191,7 +248,11 @@ def _repetition(report: Report) -> Table:
 # ---- reference ----
 
 
-def _names(report: Report) -> Table:
+def definitions(report: Report) -> Table:
+    return Table("Definitions", "", ["figure", "meaning"], [[key, text] for key, text in report.definitions.items()])
+
+
+def names(report: Report) -> Table:
     rows = [[name.here, name.vllm, name.sglang, name.tensorrt_llm] for name in report.names]
     return Table("What others call it", "", ["here", "vLLM", "SGLang", "TensorRT-LLM"], rows)
 

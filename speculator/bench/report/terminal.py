@@ -11,7 +11,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from speculator.bench.records import Report
-from speculator.bench.report.tables import Table, provenance, tables
+from speculator.bench.report.tables import Table, definitions, names, provenance, tables
 from speculator.bench.report.words import SYNTHETIC, bracketed, headlines, sampling_text, shape_text, subject
 
 
@@ -26,15 +26,17 @@ def show(report: Report, console: Console) -> None:
         console.print(Text(SYNTHETIC, style="bold yellow"))
     rows = [[one.name, bracketed(one.value, one.interval), one.means] for one in headlines(report)]
     level = f"({100 * chosen.confidence:.0f} % intervals over prompts)"
-    console.print(_grid(Table("Headline", level, ["figure", "value", "meaning"], rows), words=True))
+    console.print(grid(Table("Headline", level, ["figure", "value", "meaning"], rows), words=True))
     for table in tables(report):
-        console.print(_grid(table))
+        console.print(grid(table))
     for note in report.notes:
         console.print(Text(f"Note: {note}"))
-    console.print(_grid(provenance(report), words=True))
+    for table in (definitions(report), names(report), provenance(report)):
+        if table.rows:
+            console.print(grid(table, words=True))
 
 
-def _grid(table: Table, words: bool = False) -> Grid:
+def grid(table: Table, words: bool = False) -> Grid:
     title = f"{table.title} {table.note}" if words else table.title
     grid = Grid(title=Text(title), title_justify="left", box=box.SIMPLE, caption=None if words else Text(table.note))
     grid.caption_justify = "left"

@@ -68,8 +68,8 @@ def sampling_text(temperature: float, rule: str) -> str:
 
 
 def subject(settings: Settings) -> str:
-    """Target and head, by the last parts of their paths."""
-    target, head = (text.rstrip("/").rsplit("/", 1)[-1] for text in (settings.target, settings.head))
+    """Target and head, by the last two parts of their paths: the last alone is often `target` or `final`."""
+    target, head = ("/".join(text.rstrip("/").split("/")[-2:]) for text in (settings.target, settings.head))
     return f"{target} with {head or settings.method}"
 
 
@@ -96,6 +96,7 @@ def headlines(report: Report) -> list[Headline]:
 def _acceptance(report: Report) -> list[Headline]:
     figures, found = report.overall, report.overall.intervals
     confidence = report.calibration
+    mean = ("mean_tau", "Mean over sets", number(report.mean_tau), number_range(report.mean_tau_interval))
     rows = [
         ("tau", "Accept length (tau)", number(figures.tau), number_range(found.tau)),
         (
@@ -104,6 +105,7 @@ def _acceptance(report: Report) -> list[Headline]:
             number(figures.tau_without_bonus),
             number_range(found.tau_without_bonus),
         ),
+        *([mean] if len(report.sets) > 1 else []),
         ("acceptance_rate", "Acceptance rate", share(figures.acceptance_rate), share_range(found.acceptance_rate)),
     ]
     if confidence is not None:
@@ -115,13 +117,13 @@ def _speed(report: Report) -> list[Headline]:
     time = report.time
     if time is None:
         return []
-    predicted = f"predicted {number(time.predicted)}"
+    told = filter(None, (number_range(time.interval), f"predicted {number(time.predicted)}"))
+    predicted = "; ".join(told)
     speed = Headline("measured", "Speed-up", f"{number(time.measured)} x", predicted, means(report, "measured"))
     if time.recommended_depth is None:
         return [speed]
-    depth = Headline(
-        "recommended_depth", "Best chain", str(time.recommended_depth), "", means(report, "recommended_depth")
-    )
+    best = f"depth {time.recommended_depth}" if time.recommended_depth else "none: plain decoding is faster"
+    depth = Headline("recommended_depth", "Best chain", best, "", means(report, "recommended_depth"))
     return [speed, depth]
 
 

@@ -1,0 +1,14 @@
+"""The error of a gang that lost a rank.
+
+Must never import torch: the service answers it.
+"""
+
+from __future__ import annotations
+
+from speculator.errors import SpeculatorError
+
+
+class RankLostError(SpeculatorError):
+    """A rank died, stalled or went another way: the gang has ended; go to another server and resume there."""
+
+    status, reason = "UNAVAILABLE", "RANK_LOST"

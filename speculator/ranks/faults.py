@@ -1,0 +1,40 @@
+"""Faults on purpose, to test how a gang ends: a rank that kills itself, stops, or runs out of memory.
+
+Owns: the environment variable that asks for one. Must never do anything without it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+
+VARIABLE = "SPECULATOR_FAULT"  # rank:phase:times:kind, as "2:target:3:kill": at the third time of that phase
+
+
+def fault_of(rank: int, environ: Mapping[str, str]) -> Callable[[str], None]:
+    """What `Pulse` calls before each phase. ValueError for a fault that cannot be read."""
+    text = environ.get(VARIABLE, "")
+    if not text:
+        return lambda phase: None
+    who, phase, times, kind = text.split(":")
+    act, left = FAULTS[kind], [int(times)]
+
+    def fault(entered: str) -> None:
+        left[0] -= entered.startswith(phase)
+        if int(who) == rank and left[0] == 0:
+            left[0] = -1
+            act()
+
+    return fault
+
+
+def _memory() -> None:
+    raise RuntimeError("out of memory, as a test wants it")
+
+
+FAULTS: Mapping[str, Callable[[], None]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "memory": _memory,
+}

@@ -1,0 +1,86 @@
+"""What lies between the passes of a round: judge, keep the accepted path, hand true rows to the head, report.
+
+Owns: those parts, as device work on whole batches that reads nothing back, so that they can be recorded. Must never
+know a session or who drafted, nor any rule but the coupled one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from speculator.lookback import TrueRows, gather_rows
+from speculator.readout import target_draws
+from speculator.sampling import RowSampling, scores
+from speculator.tree import Tree, compaction
+from speculator.types import Rule
+from speculator.verify import Verdict, verify, verify_coupled
+from target.batch import Batch, causal_positions
+from target.cache import PagedCache
+from target.readout import Asked, Readout
+
+
+class Answers(Protocol):
+    """What the target says about a batch, see `passes.Verified`."""
+
+    @property
+    def logits(self) -> Tensor: ...
+
+    def read(self, asked: Asked) -> Readout | None: ...
+
+
+class Report(NamedTuple):
+    """What a round tells about R rows besides its tokens; D is the longest path."""
+
+    logprobs: Tensor  # [R, D] float32, log p of the committed tokens before temperature and filters
+    finite: Tensor  # [R] bool: every valid query of the row gave finite logits
+
+
+def judge_coupled(
+    tree: Tree, verified: Answers, sampling: RowSampling, base: Tensor, seen: Tensor | None = None
+) -> tuple[Verdict, Report]:
+    """The coupled rule below sequences of committed length `base` [R]; logits are written only for filters' sake.
+
+    `seen` [R, T, V] as in `sampling.scores`.
+    """
+    draws = target_draws(verified.read, sampling, base[:, None] + tree.depths)
+    if draws is None:
+        verdict = verify(Rule.COUPLED, tree, scores(verified.logits, sampling, seen), sampling, base)
+        return verdict, report(tree, verdict, verified.logits)
+    verdict = verify_coupled(tree, draws.tokens)
+    return verdict, Report(draws.logprobs.gather(1, verdict.path), (draws.finite | ~tree.valid()).all(-1))
+
+
+def keep_path(cache: PagedCache, batch: Batch, verdict: Verdict, features: Tensor) -> TrueRows:
+    """Move the accepted nodes' keys and values next to the committed ones; the rest is forgotten.
+
+    Returns what the head has to run: the committed tokens with the true features [R, T, F] before each.
+    """
+    tokens = verdict.tokens.clamp(min=0)
+    if batch.ancestors is not None:
+        slots = batch.slots(cache.page_size, cache.pad_slot)
+        source, destination = compaction(verdict.path, verdict.kept, verdict.kept.new_zeros(verdict.kept.shape))
+        cache.move(slots.gather(1, source).flatten(), slots.gather(1, destination).flatten())
+        features = gather_rows(features, verdict.path)
+    positions = causal_positions(batch.context, tokens.shape[1])
+    committed = batch._replace(tokens=tokens, positions=positions, counts=verdict.kept, ancestors=None)
+    return TrueRows(committed, features, tokens)
+
+
+def newest(tokens: Tensor, kept: Tensor) -> Tensor:
+    """The last of the first `kept` [R] tokens [R, D]: [R]; the first one where nothing was kept."""
+    return tokens.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
+
+
+def report(tree: Tree, verdict: Verdict, logits: Tensor) -> Report:
+    """About a verdict on raw logits [R, T, V]."""
+    tokens = verdict.tokens.clamp(min=0)
+    finite = (logits.isfinite().all(-1) | ~tree.valid()).all(-1)
+    return Report(log_probabilities(gather_rows(logits, verdict.path), tokens), finite)
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p [R, D] of tokens [R, D] under raw logits [R, D, V]: before temperature and filters."""
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return chosen.float() - logits.float().logsumexp(-1)

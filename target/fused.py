@@ -1,0 +1,104 @@
+"""The pieces of a layer as fused Triton kernels: 7 or 8 a layer of a Llama or Qwen3 pass of up to 64 rows.
+
+Owns: which modules take them, and when a product ends in SiLU. Must never know device code or models. The seven are
+norm with residual add, qkv, attention (per-head norms, rotation, storing keys and values, split passes and their
+joining, which is a kernel of its own where that is faster), o, norm with residual add, gate and up with SiLU-mul, down.
+Torch's pieces stay the oracle, the way on a CPU and the only ones with a gradient; what has no fused form (latent
+attention, routed experts, recurrent layers) keeps them between fused norms.
+
+Against torch's pieces on the same input: sums, rotations and stored keys round in the same places, norms
+differ by at most one unit in the last place of the model's type, SiLU-mul by two.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from target.attention.base import Attend, Turn, fused_form
+from target.errors import PlanError
+from target.layers import GatedMLP, Pieces, RMSNorm, SelfAttention, ZeroCentredNorm
+from target.products import TUNED_TYPES, Config, FastProduct, FixedProduct, Linear, kernels_need
+
+OVERRIDE = "SPECULATOR_FUSED"  # on or off; off until the GPU tests have passed on a device
+LARGEST_NORM = 1 << 14  # values of a normed row, which one program holds
+GATED_ROWS = 64  # with more, a pass is not bound by launches and torch's product is faster
+GATED = Config(block_n=64, block_k=128, stages=3)  # two programs of a Hopper multiprocessor at a time
+GATED_MANY = GATED._replace(stages=5)  # above 16 rows, by `python -m speculator.bench.layer` on an H200
+
+
+class FusedPieces(Pieces):
+    """Pieces on a GPU, without gradients. `gated` by the number of rows alone, so recorded passes give equal bits."""
+
+    def norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        return _norm(norm, x, None)[1]
+
+    def add_norm(self, norm: RMSNorm, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+        return _norm(norm, x, more)
+
+    def attend(self, layer: SelfAttention, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        fused = fused_form(attend)
+        if fused is None:
+            return super().attend(layer, qkv, cos, sin, attend)
+        q, k = layer.q_norm, layer.k_norm
+        norms = (q.weight, k.weight, q.eps) if q is not None and k is not None else ()
+        return fused(layer.layer, qkv, Turn(cos, sin, *norms), layer.window)
+
+    def gated(self, gate_up: nn.Module, x: Tensor) -> Tensor:
+        from target.kernels.silu import launch_gated, launch_silu_mul
+
+        assert isinstance(gate_up, Linear)
+        config = gated_config(gate_up, x.numel() // x.shape[-1])
+        if config is None:
+            return launch_silu_mul(gate_up(x))
+        return launch_gated(x, gate_up.weight, gate_up.bias, config)
+
+
+def _norm(norm: RMSNorm, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
+    from target.kernels.norm import launch_norm
+
+    return launch_norm(x, more, norm.weight, norm.eps, isinstance(norm, ZeroCentredNorm))
+
+
+def gated_config(gate_up: Linear, rows: int) -> Config | None:
+    """How the product that ends in SiLU is cut up; None where the product stays by itself.
+
+    A product of fixed order does: all numbers of rows must go through the same one.
+    """
+    weight, product = gate_up.weight, gate_up.product
+    if rows > GATED_ROWS or weight.dtype not in TUNED_TYPES or not weight.is_contiguous():
+        return None
+    if isinstance(product, FixedProduct):
+        return None
+    found = product.table.fast(weight.shape[0], weight.shape[1], rows) if isinstance(product, FastProduct) else None
+    return found if found is not None and found.split == 1 else GATED if rows <= 16 else GATED_MANY
+
+
+FUSED = FusedPieces()
+
+
+def fuse(*models: nn.Module | None) -> int:
+    """Give the layers of models the fused pieces, on whatever device they are; how many modules took them."""
+    taken = 0
+    for module in (module for model in models if model is not None for module in model.modules()):
+        if isinstance(module, SelfAttention | GatedMLP) or (
+            isinstance(module, RMSNorm) and module.weight.numel() <= LARGEST_NORM
+        ):
+            module.pieces = FUSED
+            taken += 1
+    return taken
+
+
+def fuse_where_possible(device: torch.device, *models: nn.Module | None) -> int:
+    """`fuse` for serving, where it is wanted, on a GPU that the kernels run on; 0 elsewhere."""
+    return fuse(*models) if fused_wanted() and not kernels_need(device) else 0
+
+
+def fused_wanted() -> bool:
+    """What SPECULATOR_FUSED says; PlanError when it is neither on nor off."""
+    wanted = os.environ.get(OVERRIDE) or "off"
+    if wanted not in ("on", "off"):
+        raise PlanError(f"unknown {OVERRIDE} '{wanted}': on or off")
+    return wanted == "on"

@@ -1,0 +1,134 @@
+"""What is asked about logits, and who answers it without writing them down.
+
+Owns: the question, the answer, the torch twin that answers from written logits, and which models read the vocabulary
+matrix by the kernel. Must never know sampling rules, drafts or device code.
+
+A row's answer follows from its own input and the question alone: the order of a sum depends on the shape of the
+weights, never on the number of rows. Among equal scores the smallest column wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from target.fused import fused_wanted
+from target.products import TUNED_TYPES, Config, FixedProduct, Product, kernels_need
+
+MOST = 16  # best tokens of a row that can be asked for
+ROWS = 64  # with more, one pass over the weights no longer pays for all of them
+READ = Config(block_n=64, block_k=128, stages=3)  # two programs of a Hopper multiprocessor at a time
+
+
+class Asked(NamedTuple):
+    """A question about the logits l of N rows over V columns.
+
+    A row's values are l / temperature (l where that is 0), its scores values + noise where the temperature is above 0.
+    """
+
+    best: int = 1  # how many of the best scores, 1..MOST
+    temperature: Tensor | None = None  # [N] float32; None is 0 everywhere
+    keys: Tensor | None = None  # [N] int64, which noise; None is no noise. Needs a temperature.
+    ids: Tensor | None = None  # [V] int64, what the noise calls every column; None is 0..V - 1
+    ranked: bool = False  # totals of values and of scores, instead of the total of logits
+
+
+class Readout(NamedTuple):
+    """The answer. Where `finite` is false, columns are still columns, and nothing else means anything."""
+
+    columns: Tensor  # [N, best] int64, descending by score
+    scores: Tensor  # [N, best] float32
+    logits: Tensor  # [N, best] float32, those of the columns
+    total: Tensor  # [N] float32, logsumexp of the logits, of the values where `ranked`
+    score_total: Tensor | None  # [N] float32, logsumexp of the scores where `ranked`
+    finite: Tensor  # [N] bool: every logit is
+
+
+Noise = Callable[[Tensor, Tensor], Tensor]  # (keys [N], ids [V]) -> standard Gumbel noise [N, V] float32
+Reader = Callable[[Tensor, Tensor, Product, Asked], Readout | None]  # (x [N, H], weight [V, H], product, asked)
+
+
+def read_logits(logits: Tensor, asked: Asked, noise: Noise) -> Readout:
+    """The twin: answer from logits [N, V] of any type."""
+    exact = logits.float()
+    values = exact if asked.temperature is None else exact / _divisor(asked.temperature)[:, None]
+    scores = values
+    if asked.keys is not None and asked.temperature is not None:
+        ids = torch.arange(logits.shape[1], device=logits.device) if asked.ids is None else asked.ids
+        scores = values + noise(asked.keys, ids) * (asked.temperature > 0)[:, None]
+    columns = _best_columns(scores, asked.best)
+    return Readout(
+        columns=columns,
+        scores=scores.gather(1, columns),
+        logits=exact.gather(1, columns),
+        total=(values if asked.ranked else exact).logsumexp(-1),
+        score_total=scores.logsumexp(-1) if asked.ranked else None,
+        finite=exact.isfinite().all(-1),
+    )
+
+
+def _best_columns(scores: Tensor, best: int) -> Tensor:
+    if best == 1:
+        return scores.argmax(-1, keepdim=True)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :best]  # topk breaks ties as it likes
+
+
+def values_of(readout: Readout, asked: Asked) -> Tensor:
+    """Values [N, best] of the columns, the same bits that the scores were made from."""
+    return readout.logits if asked.temperature is None else readout.logits / _divisor(asked.temperature)[:, None]
+
+
+def _divisor(temperature: Tensor) -> Tensor:
+    return torch.where(temperature > 0, temperature, 1.0)
+
+
+# ---- the seam ----
+
+
+class Reads:
+    """A module that multiplies with a vocabulary matrix, and who reads it for questions about logits."""
+
+    reader: Reader | None = None
+
+    def ask(self, x: Tensor, weight: Tensor, product: Product, asked: Asked) -> Readout | None:
+        """Of x [..., H] as N rows and weight [V, H]; None where the logits have to be written first."""
+        return None if self.reader is None else self.reader(x.flatten(0, -2), weight, product, asked)
+
+
+def choose_readers(device: torch.device, *models: nn.Module | None) -> int:
+    """Give models the kernel where a device can run it; how many modules took it."""
+    if not fused_wanted() or kernels_need(device):
+        return 0
+    found = [m for model in models if model is not None for m in model.modules() if isinstance(m, Reads)]
+    for module in found:
+        module.reader = read_by_kernel
+    return len(found)
+
+
+# ---- the kernel ----
+
+
+def read_by_kernel(x: Tensor, weight: Tensor, product: Product, asked: Asked) -> Readout | None:
+    """Answer in one pass over the weights; None where the logits have to be written first."""
+    config = reading_config(product, weight, x.shape[0])
+    if config is None or asked.best > min(MOST, weight.shape[0]):
+        return None
+    from target.kernels.lm_head import launch_read
+
+    return launch_read(x if x.stride(-1) == 1 else x.contiguous(), weight, asked, config)
+
+
+def reading_config(product: Product, weight: Tensor, rows: int) -> Config | None:
+    """How the product is cut up, the same for any number of rows; None where it stays by itself.
+
+    In fixed order written logits and read ones are the same bits, so a row's tokens do not depend on which it met.
+    """
+    if weight.dtype not in TUNED_TYPES or not weight.is_contiguous():
+        return None
+    if isinstance(product, FixedProduct):
+        fixed = product.table.fixed(weight.shape[0], weight.shape[1])
+        return fixed if fixed.split == 1 else None
+    return READ if rows <= ROWS else None

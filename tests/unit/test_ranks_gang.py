@@ -1,0 +1,149 @@
+"""The watch on a gang: who is named when a rank dies, falls silent, hangs, fails or never comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from speculator.ranks.gang import Hub, Limits, Member
+from speculator.ranks.pulse import Pulse
+
+FAST = Limits(silent=0.8, stalled=0.8, absent=1.5)
+MEMBER = """
+import sys, time
+from speculator.ranks.gang import Limits, Member
+from speculator.ranks.pulse import Pulse
+pulse = Pulse()
+member = Member(1, sys.argv[1], "token", pulse, lambda why: print(why, flush=True))
+member.start()
+pulse.tick("loading")
+print("there", flush=True)
+time.sleep(30)
+"""
+
+
+class Told:
+    """Hears of losses."""
+
+    def __init__(self) -> None:
+        self.why: list[str] = []
+        self._some = threading.Event()
+
+    def __call__(self, why: str) -> None:
+        self.why.append(why)
+        self._some.set()
+
+    def wait(self, seconds: float = 8.0) -> str:
+        assert self._some.wait(seconds), "nobody was told"
+        return self.why[0]
+
+
+@contextmanager
+def hub(size: int, limits: Limits = FAST, describe: Callable[[int], str] = lambda rank: "") -> Iterator[Hub]:
+    told = Told()
+    found = Hub(size, Pulse(), told, "token", describe=describe, limits=limits)
+    found.told = told  # type: ignore[attr-defined]
+    found.start()
+    yield found
+    found.end()
+
+
+def join(gang: Hub, rank: int, told: Told | None = None, limits: Limits = FAST) -> Member:
+    member = Member(rank, gang.address, "token", Pulse(), told or Told(), limits)
+    member.start()
+    return member
+
+
+def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+def test_a_healthy_gang_lives_and_ends_in_order() -> None:
+    with hub(3) as gang:
+        members = [join(gang, rank) for rank in (1, 2)]
+        for member in members:
+            member.pulse.rest("waiting for work")
+        gang.pulse.rest("waiting for work")
+        time.sleep(2.0)
+        assert gang.told.why == []  # type: ignore[attr-defined]
+        gang.end()
+        for member in members:
+            member._thread.join(3.0)
+            assert not member._thread.is_alive() and member.why == ""
+
+
+@pytest.mark.parametrize("stop", ["kill", "stop"])
+def test_a_process_that_dies_or_is_stopped_is_named(stop: str) -> None:
+    process = None
+    told = Told()
+    with hub(3, Limits(silent=1.0), lambda rank: "killed by signal 9" if process and process.poll() else "") as gang:
+        other = join(gang, 2, told)
+        process = subprocess.Popen([sys.executable, "-c", MEMBER, gang.address], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+        until(lambda: 1 in gang._beats and gang._beats[1][0].phase == "loading")
+        begun = time.monotonic()
+        process.send_signal(9 if stop == "kill" else 19)
+        why = gang.told.wait()  # type: ignore[attr-defined]
+        assert time.monotonic() - begun < 5
+        assert why.startswith("rank 1 of 3 died in loading (killed by signal 9)" if stop == "kill" else
+                              "rank 1 of 3 stalled in loading: no sign of life")  # fmt: skip
+        assert told.wait() == why, "all ranks hear the same sentence"
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        other.end()
+
+
+def test_the_rank_that_came_least_far_is_the_one_that_hangs() -> None:
+    with hub(3) as gang:
+        members = [join(gang, rank) for rank in (1, 2)]
+        for pulse in (gang.pulse, members[0].pulse):
+            pulse.tick("a step")
+            pulse.tick("a step")
+        members[1].pulse.tick("a step")
+        assert gang.told.wait().startswith("rank 2 of 3 stalled in a step")  # type: ignore[attr-defined]
+        for member in members:
+            member.end()
+
+
+def test_a_rank_that_fails_says_why_to_all() -> None:
+    told = Told()
+    with hub(3) as gang:
+        other = join(gang, 2, told)
+        failing = join(gang, 1)
+        failing.fail("rank 1 is out of memory")
+        assert gang.told.wait() == told.wait() == "rank 1 is out of memory"  # type: ignore[attr-defined]
+        other.end()
+        failing.end()
+
+
+def test_one_that_never_comes_is_missed() -> None:
+    with hub(2) as gang:
+        assert gang.told.wait().startswith("rank 1 of 2 did not come within")  # type: ignore[attr-defined]
+    with hub(2, describe=lambda rank: "exit code 3") as gang:
+        assert gang.told.wait() == "rank 1 of 2 died before it had begun (exit code 3)"  # type: ignore[attr-defined]
+
+
+def test_strangers_are_not_ranks() -> None:
+    with hub(2, FAST._replace(absent=1.0)) as gang:
+        stranger = Member(1, gang.address, "guess", Pulse(), Told(), FAST)
+        stranger.start()
+        assert "did not come" in gang.told.wait()  # type: ignore[attr-defined]
+        stranger.end()
+
+
+def test_without_rank_0_the_others_end() -> None:
+    told = Told()
+    with hub(2) as gang:
+        member = join(gang, 1, told)
+        until(lambda: 1 in gang._lines)
+        gang._lines[1].socket.shutdown(2)
+        assert told.wait() == "rank 0 died"
+        member.end()
