@@ -11,7 +11,9 @@ import pytest
 from google.protobuf import duration_pb2
 from google.rpc import status_pb2
 
-from speculator.errors import DrainingError
+from speculator.errors import DrainingError, InvalidArgumentError
+from speculator.stream import DraftStream, Malformed
+from speculator.translate import About
 from speculator.v1 import drafter_pb2 as pb
 from tests.fakes import FakeEngine, FakeTokenizer, info, plain
 from tests.service import PROMPT, Service, bound, create, details, reason, serving, until
@@ -249,20 +251,34 @@ async def test_a_message_that_does_not_parse_ends_the_stream_only() -> None:
         await s.works()
 
 
-async def test_a_stream_that_ends_while_it_writes_says_why() -> None:
-    """An answer as large as the client's window is on its way and stays so until the client reads."""
+class SlowPeer:
+    """A call whose messages leave when told: one item that is refused at once, then bytes that do not parse."""
+
+    def __init__(self) -> None:
+        self.requests = [pb.DraftRequest(correlation_id=7), Malformed(ValueError("bytes"))]
+        self.written: list[pb.DraftResponse] = []
+        self.left = asyncio.get_running_loop().create_future()
+
+    async def read(self) -> object:
+        await asyncio.sleep(0)
+        return self.requests.pop(0)
+
+    async def write(self, message: pb.DraftResponse) -> None:
+        await self.left
+        self.written.append(message)
+
+
+async def test_a_stream_that_ends_while_it_writes_ends_after_the_write() -> None:
+    """gRPC takes no status while a message is on its way: the call would stay open for ever."""
     async with serving() as s:
-        call = s.channel.stream_stream("/speculator.v1.DrafterService/Draft")()
-        name = "x" * (1 << 19)  # comes back in the sentence about it
-        await call.write(pb.DraftRequest(propose=pb.ProposeRequest(session_id=name)).SerializeToString())
-        await until(lambda: any(not stream._writer.idle() for stream in s.server._drafter.streams))
-        await call.write(b"\xff\xff\xff")
-        await asyncio.sleep(0.3)
-        assert b"no session" in await asyncio.wait_for(call.read(), 10)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await asyncio.wait_for(call.read(), 10)
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        await s.works()
+        peer = SlowPeer()
+        running = asyncio.ensure_future(DraftStream(s.core, peer, "", About(), None).run())  # type: ignore[arg-type]
+        await asyncio.wait([running], timeout=0.2)
+        assert not peer.requests and not running.done()
+        peer.left.set_result(None)
+        with pytest.raises(InvalidArgumentError, match="does not parse"):
+            await asyncio.wait_for(running, 5)
+        assert [message.correlation_id for message in peer.written] == [7]
 
 
 async def test_a_finished_session_on_the_stream() -> None:
