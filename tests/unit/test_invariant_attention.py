@@ -19,7 +19,7 @@ NAMES = [name for name in SCENES if "above all bits" not in name]
 
 
 @pytest.fixture
-def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_splits(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 tokens, and 128 from 256 on: the interpreter is slow."""
     from target.kernels import fixed_gqa
 
