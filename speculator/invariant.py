@@ -274,8 +274,7 @@ def _check_room(engine: Engine, prompts: Texts, args: argparse.Namespace) -> Non
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="speculator invariant", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = argparse.ArgumentParser(prog="speculator invariant", description=__doc__.splitlines()[0])
     p.add_argument("--target", help="target folder (default: the bundled pair)")
     p.add_argument("--head", action="append", help="head folder; repeatable, all are held against the same texts")
     p.add_argument("--synthetic", help="a published shape with random weights instead, as `bench graphs` names them")

@@ -238,9 +238,21 @@ class Scheduler:
         self._times.append((batch, times))
         for going, outcome in zip(running, outcomes, strict=True):
             if going is not None:
-                self._complete(going, outcome, times, batch)
+                self._complete_alone(going, outcome, times, batch)
         ahead, self._ahead = self._ahead, []
         self._running = [self._goes_on(*going) for going in ahead]
+
+    def _complete_alone(
+        self, going: Going, outcome: StepResult | SpeculatorError, times: StepTimes, batch: int
+    ) -> None:
+        """What goes wrong here is one session's: it ends, since nobody knows how far it came, and the others go on."""
+        job, session, _ = going
+        try:
+            self._complete(going, outcome, times, batch)
+        except Exception:
+            log.exception("session %s could not take its results over and has ended", session.session_id)
+            self._abort(job, session, EngineFailedError("the session could not take its results over and has ended"))
+            self._remove(session)
 
     def _complete(self, going: Going, outcome: StepResult | SpeculatorError, times: StepTimes, batch: int) -> None:
         job, session, step = going
@@ -262,7 +274,19 @@ class Scheduler:
         self._ahead = []
 
     def settle(self) -> None:
-        """Counts what `complete` did since the last time; apart from it, so that answers need not wait for it."""
+        """Counts what `complete` did since the last time; apart from it, so that answers need not wait for it.
+
+        Nobody is served worse for figures that cannot be counted.
+        """
+        try:
+            self._count()
+        except Exception:
+            log.exception("figures of some steps could not be counted and are left out")
+        self._times.clear()
+        self._rounds.clear()
+        self._items.clear()
+
+    def _count(self) -> None:
         for batch, times in self._times:
             self.totals.step(batch, times)
         for session, draft, accepted, most in self._rounds:
@@ -271,9 +295,6 @@ class Scheduler:
             self.totals.confidence.record(draft, judged, accepted)
         for timing, tokens in self._items:
             self.totals.item(timing, tokens)
-        self._times.clear()
-        self._rounds.clear()
-        self._items.clear()
 
     def take_answers(self) -> list[tuple[Job, Answer | SpeculatorError]]:
         answers, self._answers = self._answers, []

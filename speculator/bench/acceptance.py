@@ -1,9 +1,7 @@
 """`speculator bench acceptance`: acceptance of a pair over prompts, on the real engine here or on a running server.
 
 Owns: the arguments, and which runs they ask for. Must never compute a figure: definitions are in `definitions.py`,
-figures in `measure.py`. Several values of --head, --modules, --temperature, --rule, --depth, --nodes or --branching are
-a sweep over all their combinations, with prompt look-up beside them; the first one gets the whole report. An
-interrupted run with --record goes on when the same command is given again.
+figures in `measure.py`.
 """
 
 from __future__ import annotations
@@ -42,10 +40,14 @@ EAGLE_NODES = 59  # EAGLE-2's 60 tokens, the root among them
 INTERRUPTED = 130  # as a shell would say it
 BEFORE = (InvalidArgumentError, ConfigError, CheckpointError)  # wrong input: the run does not begin
 
+HELP = """Several values of --head, --modules, --temperature, --rule, --depth, --nodes or --branching are a sweep over all
+their combinations, with prompt look-up beside them; the first one gets the whole report. An interrupted run with --record
+goes on when the same command is given again."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the bench; exit code 0, 2 for prompts, recordings, servers or settings that cannot be used."""
-    args = parsed(parser(__doc__), argv)
+    args = parsed(parser(f"{__doc__.splitlines()[0]} {HELP}"), argv)
     try:
         check_files(args.json, args.html)
         if args.plots:
@@ -115,7 +117,7 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
 
 def parser(text: str | None) -> argparse.ArgumentParser:
     """The arguments, under the description `text`."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=text)
     add_arguments(parser, several_heads=True)
     parser.add_argument("--modules", type=int, nargs="+", default=[], help="of an MTP head play the first N, recursed")
     subject.add_arguments(parser)

@@ -198,7 +198,7 @@ def _different(a: Report, b: Report) -> tuple[str, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     """`speculator bench compare A.json [B.json]`; exit code 0, 2 for files that cannot be compared."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("a", type=Path, help="a report of `speculator bench acceptance --json`")
     parser.add_argument(
         "b", type=Path, nargs="?", help="another; without it the runs of A's sweep stand beside each other"

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flash3", metavar="DIR", help="library or folder of FlashAttention-3; else it is left out")
     parser.add_argument("--json", type=Path, help="write the report there")
     parser.add_argument("--tune", action="store_true", help="time every configuration of our kernels instead")

@@ -176,7 +176,7 @@ def _show(line: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["llama-3.1-8b"], choices=SHAPES)
     parser.add_argument("--passes", nargs="+", default=["1x1", "1x8", "1x64", "8x8"], metavar="ROWSxQUERIES")
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 4096])

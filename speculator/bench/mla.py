@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flash-mla", metavar="DIR", help="library or folder of FlashMLA; without, only ours is timed")
     parser.add_argument("--json", type=Path, help="write the report there")
     parser.add_argument("--variants", action="store_true", help="time every variant of our kernels instead")

@@ -149,7 +149,7 @@ def verdict(found: Overhead) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = acceptance.parser(__doc__)
+    parser = acceptance.parser(__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=24, help="of runs, one recorded and one not")
     return parser
 

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
     p.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="sizes of gangs; ratios are to the first")
     p.add_argument("--device", default="auto", help="cuda takes one device a rank")

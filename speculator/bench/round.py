@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--shape", nargs="+", choices=[*SHAPES, BUNDLED], default=[BUNDLED], help="one after another")
     p.add_argument("--target", help="target folder instead of the bundled pair's")
     p.add_argument("--head", help="head folder")

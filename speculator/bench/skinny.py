@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     three = ["llama-3.1-8b", "qwen3-8b", "llama-3.2-1b"]
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=three, help="whose shapes are timed")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there: target/data/products.json")

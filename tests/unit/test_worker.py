@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 
@@ -262,6 +263,30 @@ async def test_a_dead_worker_answers_everybody(monkeypatch: pytest.MonkeyPatch) 
             await core.create(spec("d"))
         with pytest.raises(EngineFailedError):
             await core.get("a")
+
+
+async def test_a_bug_in_one_sessions_books_ends_that_session_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as core:
+        for name in "ab":
+            await core.create(spec(name))
+        scheduler = core._worker.scheduler
+        commit = scheduler._commit
+
+        def broken(job: Any, session: Any, *rest: Any) -> None:
+            if session.session_id == "a":
+                raise KeyError("a bug")
+            commit(job, session, *rest)
+
+        monkeypatch.setattr(scheduler, "_commit", broken)
+        monkeypatch.setattr(scheduler.totals, "item", lambda *_: 1 / 0)  # nor do figures stop anything
+        results = await asyncio.gather(*(core.verify(name, 5, Draft()) for name in "ab"), return_exceptions=True)
+        assert isinstance(results[0], EngineFailedError) and results[1].length == 6  # type: ignore[union-attr]
+        with pytest.raises(SessionNotFoundError):
+            await core.get("a")
+        assert (await core.verify("b", 6, Draft())).length == 7
+        await core.delete("b")
+        usage = core.usage()
+        assert usage.active == usage.used_pages == usage.reserved_pages == 0
 
 
 async def test_stop_answers_what_is_left() -> None:

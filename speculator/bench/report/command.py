@@ -51,7 +51,7 @@ def _read(args: argparse.Namespace) -> Report:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="report of `speculator bench acceptance --json`")
     parser.add_argument("-o", "--output", type=Path, help="write one self-contained HTML page")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG plots (needs matplotlib)")
