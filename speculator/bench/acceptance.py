@@ -40,9 +40,9 @@ EAGLE_NODES = 59  # EAGLE-2's 60 tokens, the root among them
 INTERRUPTED = 130  # as a shell would say it
 BEFORE = (InvalidArgumentError, ConfigError, CheckpointError)  # wrong input: the run does not begin
 
-HELP = """Several values of --head, --modules, --temperature, --rule, --depth, --nodes or --branching are a sweep over all
-their combinations, with prompt look-up beside them; the first one gets the whole report. An interrupted run with --record
-goes on when the same command is given again."""
+HELP = """Several values of --head, --modules, --temperature, --rule, --depth, --nodes or --branching are a sweep over
+all their combinations, with prompt look-up beside them; the first one gets the whole report. An interrupted run with
+--record goes on when the same command is given again."""
 
 
 def main(argv: list[str] | None = None) -> int:

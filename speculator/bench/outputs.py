@@ -1,4 +1,4 @@
-"""Files that a bench is asked to write: what cannot be written is said before the run, not after it.
+"""Files that a bench reads and writes: why one cannot be, in words, and before the run where it is to be written.
 
 Must never know what goes into them.
 """
@@ -24,3 +24,9 @@ def _obstacle(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
     return "" if os.access(path if path.exists() else path.parent, os.W_OK) else "writing there is not permitted"
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """One sentence for what reading a file as UTF-8 text raised."""
+    why = "it is no UTF-8 text" if not isinstance(error, OSError) else error.strerror or str(error)
+    return f"{path} cannot be read: {why}."

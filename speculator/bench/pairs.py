@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from speculator.bench.outputs import unreadable
 from speculator.bundled import find_pairs
 from speculator.config import Config, load
 from speculator.engine import Engine
@@ -84,7 +85,7 @@ def _from_file(path: Path) -> list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        raise ConfigError(unreadable(path, error)) from None
     return [_first_turn(line) for line in lines] if path.suffix == ".jsonl" else lines
 
 

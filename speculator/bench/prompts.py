@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speculator.bench.outputs import unreadable
 from speculator.errors import InvalidArgumentError
 
 OPEN_SET = Path(__file__).parent / "data" / "open.jsonl"
@@ -96,7 +97,7 @@ def _lines(path: Path) -> list[str]:
             f"{path} cannot be read: there is no such file; prompt sets are named by their path."
         ) from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        raise PromptError(unreadable(path, error)) from None
 
 
 def _is_json(path: Path, line: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speculator.bench.outputs import unreadable
 from speculator.bench.plain import RecordError, from_json, schema_of, to_json
 
 SCHEMA = "speculator/acceptance-1"
@@ -318,7 +319,7 @@ def read_report(path: Path) -> Report:
     try:
         return report_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        raise RecordError(unreadable(path, error)) from None
     except json.JSONDecodeError as error:
         raise RecordError(f"{path} is no whole JSON file: {error.msg} in line {error.lineno}") from None
     except RecordError as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from speculator.bench.figures import Counted, figures, prompt_rows
 from speculator.bench.outcomes import Outcome
+from speculator.bench.outputs import unreadable
 from speculator.bench.plain import RecordError, from_json
 from speculator.bench.recording import Answer
 from speculator.bench.records import SCHEMA, PromptRow, Report, Settings, Shape
@@ -85,7 +86,7 @@ def read_requests(path: Path) -> Imported:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        raise RecordError(unreadable(path, error)) from None
     found = [(place, _request(value, f"{path} {place}", place)) for place, value in _values(text, path)]
     requests = [request for _, request in found if request is not None]
     if not requests:
