@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/speculator demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
