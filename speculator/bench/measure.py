@@ -140,7 +140,7 @@ class Bench:
             baselines=self._baselines(plan, answers),
             calibration=calibration(answers, levels, self.wishes.resamples, self.wishes.confidence),
             theory=self._theory(plan),
-            repetition=repetition(answers),
+            repetition=repetition(answers, self.wishes.resamples, self.wishes.confidence),
             noise=(*halves_split(counted, levels), *self._seeds(plan, counted, levels)),
             time=self._time(plan, others),
             prompts=prompt_rows(counted, levels),

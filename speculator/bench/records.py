@@ -157,6 +157,7 @@ class Repetition:
     repeated_4grams: float | None
     shared: Mapping[str, float]  # n -> share of an answer's distinct n-grams that answers to other prompts have too
     identical_answers: float | None  # share of answers that equal another prompt's answer
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # of these, and of shared_{n}grams
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -216,3 +217,16 @@ def test_equal_heads_seldom_differ() -> None:
 def test_reports_of_other_prompts_cannot_be_compared() -> None:
     with pytest.raises(RecordError, match="share 2 prompts"):
         compare(report(RATES[:2], 1), report(RATES, 2))
+
+
+def test_repetition_has_intervals_over_prompts() -> None:
+    rng = random.Random(0)
+    alive = [answer(str(i), tuple(rng.sample(range(1000), 20))) for i in range(10)]
+    loops = [answer(f"loop {i}", (i,) * 20) for i in range(10)]
+    found = repetition(alive + loops)
+    low, high = found.intervals["repeated_4grams"]
+    assert found.repeated_4grams is not None and 0.1 < low < found.repeated_4grams < high < 0.9
+    again = repetition([*alive, *alive[:0], *loops], resamples=0)
+    assert not again.intervals and again.repeated_4grams == found.repeated_4grams
+    turns = repetition([answer("a", (1,) * 20), answer("a", (2,) * 20, turn=2), answer("b", tuple(range(20)))])
+    assert "repeated_4grams" not in turns.intervals, "two prompts are too few, however many their answers"

@@ -238,9 +238,17 @@ def _repetition(report: Report) -> Table:
     found = report.repetition
     if found is None:
         return Table("Repetition", "", [], [])
-    shared = [[f"{n}-grams shared with answers to other prompts", share(value)] for n, value in found.shared.items()]
-    own = [["4-grams repeated inside an answer", share(found.repeated_4grams)]]
-    same = [["answers equal to that of another prompt", share(found.identical_answers)]]
+    bands = found.intervals
+
+    def row(text: str, value: float | None, name: str) -> list[str]:
+        return [text, bracketed(share(value), share_range(bands.get(name)))]
+
+    shared = [
+        row(f"{n}-grams shared with answers to other prompts", value, f"shared_{n}grams")
+        for n, value in found.shared.items()
+    ]
+    own = [row("4-grams repeated inside an answer", found.repeated_4grams, "repeated_4grams")]
+    same = [row("answers equal to that of another prompt", found.identical_answers, "identical_answers")]
     note = "A target that repeats itself is easy to draft for: high values make acceptance look better than it is."
     return Table("Repetition", note, ["sign", "share"], [*own, *shared, *same])
 
