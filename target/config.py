@@ -269,7 +269,8 @@ def parse_rope(raw: Raw, where: str, partial: bool = False) -> RopeConfig:
         raise CheckpointError(f"{where}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
     for key in (*ROPE_NUMBERS.get(kind, ()), *(key for key, value in scaling.items() if isinstance(value, str))):
         read_number(scaling, key, f"{where}: rope type {kind!r}")
-    if {scaling.pop("partial_rotary_factor", 1.0), raw.get("partial_rotary_factor") or 1.0} != {1.0} and not partial:
+    factors = [scaling.pop("partial_rotary_factor", 1.0), raw.get("partial_rotary_factor") or 1.0]
+    if factors != [1.0, 1.0] and not partial:
         raise CheckpointError(f"{where}: partial_rotary_factor is not supported")
     theta = read_number(
         {"rope_theta": scaling.pop("rope_theta", None) or raw.get("rope_theta")}, "rope_theta", where, 1e4

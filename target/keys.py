@@ -12,14 +12,17 @@ from typing import Any
 from target.errors import CheckpointError
 
 Raw = Mapping[str, Any]
+MOST = 1 << 27  # no published size is near it; beyond it only an error of another kind would come
 
 
 def read_int(raw: Raw, key: str, where: str, default: int | None = None, least: int = 1) -> int:
-    """An integer of `least` or more; a key that is absent or null takes the default, where there is one."""
+    """An integer from `least` to MOST; a key that is absent or null takes the default, where there is one."""
     value = default if raw.get(key) is None else raw[key]
     if type(value) is not int or value < least:
         kind = "a positive integer" if least == 1 else f"an integer of {least} or more"
         raise CheckpointError(f"{where}: {key} must be {kind}, got {value!r}")
+    if value > MOST:
+        raise CheckpointError(f"{where}: {key} must be at most {MOST}, got {str(value)[:20]}")
     return value
 
 

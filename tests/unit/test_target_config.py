@@ -200,6 +200,8 @@ def test_the_block_of_float8_weights() -> None:
     [
         (V3, {"kv_lora_rank": None}, "kv_lora_rank must be a positive integer, got None"),
         (V3, {"q_lora_rank": 0}, "q_lora_rank must be a positive integer, got 0"),
+        (V3, {"hidden_size": 10**400}, "hidden_size must be at most 134217728, got 10000000000000000000"),
+        (V3, {"partial_rotary_factor": [1]}, "partial_rotary_factor is not supported"),
         (V3, {"qk_rope_head_dim": 3}, "qk_rope_head_dim must be even for rotary embeddings, got 3"),
         (V3, {"attention_bias": True}, "attention_bias True is not supported, only False"),
         (V3, {"topk_method": "greedy"}, "topk_method 'greedy' is not supported, only 'noaux_tc'"),
