@@ -7,36 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from graphs.errors import GraphError
-from graphs.memory import NO_GRAPHS, CacheSizeError, GraphEstimate, Reading, compare, cuda_meter, difference
-from graphs.recorder import CudaRecorder, Recorder
-from graphs.tape import TapeRecorder
+from graphs.memory import NO_GRAPHS, CacheSizeError, Reading, cuda_meter
 from speculator.arithmetic import choose_arithmetic
+from speculator.capture import record_passes
 from speculator.chains import WHY as TREES_REFUSED
 from speculator.chains import is_tree
 from speculator.config import Config
-from speculator.costs import CostTable, measure_costs, read_costs, save_costs
-from speculator.drafts import fitted
 from speculator.engine import Engine
 from speculator.errors import CheckpointError, ConfigError
 from speculator.heads.base import DraftHead
 from speculator.heads.load import load_head
-from speculator.passes import EagerPasses
-from speculator.policy import DepthPolicy, menu
 from speculator.ranks.engine import LeadEngine
 from speculator.ranks.team import Team
-from speculator.recorded import RecordedPasses, Sizes
+from speculator.recorded import Sizes
 from speculator.recurrent import state_bytes, state_cache
-from speculator.round import Rounds
 from speculator.sampling import gumbel_of
 from speculator.sizing import Load, Sized, cache_groups, measure
-from speculator.types import DraftShape, EngineInfo
+from speculator.types import EngineInfo
 from target.cache import PagedCache, bytes_per_token
 from target.decoder import Decoder
 from target.errors import CheckpointError as TargetCheckpointError
@@ -179,128 +172,10 @@ def graph_sizes(config: Config, target: Decoder) -> Sizes:
     )
 
 
-def record_passes(
-    engine: Engine,
-    sizes: Sizes,
-    estimate: GraphEstimate,
-    progress: Progress | None = None,
-    depths: Sequence[int] | None = None,
-    team: Team | None = None,
-) -> None:
-    """Capture every shape of every pass, and whole rounds too where `depths` says which shorter chains they draft.
-
-    Where that fails, the engine runs eager and says why.
-    """
-    assert isinstance(engine.passes, EagerPasses)
-    cuda = engine.device.type == "cuda"
-    recorder: Recorder = CudaRecorder(engine.device) if cuda else TapeRecorder()
-    meter = cuda_meter(engine.device) if cuda else None
-    passes = RecordedPasses(engine.passes, recorder, sizes, engine.device)
-    before = meter() if meter else None
-    if why := _captured(passes.capture, progress, team):
-        log.error("passes run eager, graphs could not be captured: %s", why)
-    if depths is not None:
-        record_rounds(engine, engine.passes, recorder, sizes, depths, progress, team)
-    engine.passes = passes
-    graphs = sum(len(manager.graphs) for manager in passes.managers)
-    log.info("%d graphs captured in %.1f s", graphs, passes.capture_seconds)
-    if meter and before:
-        compare(estimate, difference(before, meter()).taken)
-
-
-def record_rounds(
-    engine: Engine,
-    eager: EagerPasses,
-    recorder: Recorder,
-    sizes: Sizes,
-    depths: Sequence[int],
-    progress: Progress | None = None,
-    team: Team | None = None,
-) -> None:
-    """Capture whole rounds over the engine's rows; where that fails, they run pass by pass and say why."""
-    rounds = Rounds(eager, recorder, sizes, engine.cache, engine.rows, engine.lookback, depths)
-    engine.rounds = rounds
-    if eager.states is not None:
-        return  # each round is then counted with this reason
-    if why := _captured(rounds.capture, progress, team):
-        log.error("rounds run pass by pass, their graphs could not be captured: %s", why)
-    log.info("%d whole rounds captured in %.1f s", len(rounds.manager.graphs), rounds.capture_seconds)
-
-
-def _captured(capture: Callable[[Progress | None], None], progress: Progress | None, team: Team | None) -> str:
-    """Why nothing was captured, "" where all was; over several ranks on all of them or on none."""
-
-    def told(vote: Progress) -> None:
-        def tick(what: str, done: int, total: int) -> None:
-            vote(what, done, total)
-            if progress:
-                progress(what, done, total)
-
-        capture(tick)
-
-    if team is not None:
-        return team.capture(told)
-    try:
-        capture(progress)
-    except GraphError as error:
-        return str(error)
-    return ""
-
-
 def _load(config: Config, target: Decoder, sizes: Sizes, mode: str) -> Load:
     engine = config.engine
     rounds = mode == "round" and target.config.delta is None
     return Load(sizes, engine.max_sessions, engine.prefill_chunk, mode != "off", rounds, engine.memory_share)
-
-
-def depth_policy(config: Config, engine: Engine) -> DepthPolicy | None:
-    """The policy over what rounds cost on this engine, which must serve nobody yet; None where there is none to be.
-
-    ConfigError for a cost table that cannot be read or written, or is of other models.
-    """
-    chosen, shape = config.policy, fitted(config.draft.shape, engine.info)
-    known = bool(chosen.costs) or _measures(config, engine.device)
-    if chosen.mode == "off" or engine.head is None or not shape.depth or not known:
-        return None
-    shapes = menu(shape, _recorded_depths(config, engine))
-    try:
-        costs = _costs(config, engine, shapes)
-    except ConfigError as error:
-        if chosen.measure == "on" or chosen.costs:
-            raise
-        log.warning("drafts are always as deep as configured: %s", error.message)
-        return None
-    log.info("drafts by cost: %s", ", ".join(f"depth {s.depth} {costs.seconds(1, s, 0) * 1e3:.2f} ms" for s in shapes))
-    return DepthPolicy(shapes, costs)
-
-
-def _measures(config: Config, device: torch.device) -> bool:
-    """`auto` measures where a round is short enough to be timed often: on a GPU."""
-    return config.policy.measure == "on" or (config.policy.measure == "auto" and device.type == "cuda")
-
-
-def _recorded_depths(config: Config, engine: Engine) -> tuple[int, ...] | None:
-    """Depths of chains that have graphs of their own; None where every draft runs at its own size."""
-    if engine.rounds is not None:
-        return config.graphs.round_depths
-    return None if graph_mode(config, engine.device) == "off" or config.draft.shape.is_chain else ()
-
-
-def _costs(config: Config, engine: Engine, shapes: Sequence[DraftShape]) -> CostTable:
-    """From the file that the configuration names if it is there, else measured, and written there."""
-    info, path = engine.info, Path(config.policy.costs)
-    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else engine.device.type
-    subject = {"target": info.target_model, "head": info.draft_model, "device": device}
-    subject["graphs"] = graph_mode(config, engine.device)
-    if config.policy.costs and path.exists():
-        return read_costs(path, subject)
-    if config.policy.measure == "off":
-        raise ConfigError(f"The cost table {path} is not there, and policy.measure is off.")
-    with engine.recurrent.anywhere():
-        costs = measure_costs(engine, shapes, subject, seconds=config.policy.measure_seconds)
-    if config.policy.costs:
-        save_costs(costs, path)
-    return costs
 
 
 def resolve_device(name: str) -> torch.device:

@@ -103,7 +103,7 @@ def load_engine(config: Config) -> Engine:
 
 def load_policy(config: Config, engine: Engine) -> DepthPolicy | None:
     """How deep to draft, as the configuration wants it; None: always as deep as it says."""
-    from speculator.load import depth_policy
+    from speculator.policy_load import depth_policy
 
     return depth_policy(config, engine)
 

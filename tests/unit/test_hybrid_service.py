@@ -18,7 +18,8 @@ from speculator.core import DrafterCore
 from speculator.drafts import ShapeRequest
 from speculator.engine import Engine
 from speculator.errors import ConfigError, InvalidArgumentError, InvalidTreeError, ServerFullError, SpeculatorError
-from speculator.load import depth_policy, load_engine
+from speculator.load import load_engine
+from speculator.policy_load import depth_policy
 from speculator.recurrent import RecurrentRows, state_bytes
 from speculator.session import SessionSpec
 from speculator.types import Draft, FinishReason, SamplingParams, Step, StoppingParams

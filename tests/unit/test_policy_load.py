@@ -19,8 +19,8 @@ from speculator.cli.models import Flags
 from speculator.config import load
 from speculator.engine import Engine
 from speculator.errors import ConfigError
-from speculator.load import depth_policy
 from speculator.policy import NOTHING
+from speculator.policy_load import depth_policy
 from speculator.recorded import Sizes
 from speculator.round import Rounds
 from speculator.types import DraftShape
@@ -54,7 +54,7 @@ def test_there_is_none_without_a_head() -> None:
 def test_costs_are_measured_once_and_then_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(None, [*MEASURED, f"policy.costs={tmp_path / 'costs.json'}"])
     first = depth_policy(config, tiny())
-    monkeypatch.setattr("speculator.load.measure_costs", None)
+    monkeypatch.setattr("speculator.policy_load.measure_costs", None)
     second = depth_policy(config, tiny())
     assert first is not None and second is not None and second.costs == first.costs
 
@@ -99,11 +99,11 @@ def test_costs_that_cannot_be_had_end_the_policy_and_not_the_server(
     def refuse(*_: object, **__: object) -> None:
         raise ConfigError("No round could be timed.")
 
-    monkeypatch.setattr("speculator.load.measure_costs", refuse)
+    monkeypatch.setattr("speculator.policy_load.measure_costs", refuse)
     engine = tiny()
     with pytest.raises(ConfigError, match="No round"):
         depth_policy(load(None, MEASURED), engine)
-    monkeypatch.setattr("speculator.load._measures", lambda config, device: True)
+    monkeypatch.setattr("speculator.policy_load._measures", lambda config, device: True)
     with caplog.at_level(logging.WARNING):
         assert depth_policy(load(None, ["draft.depth=2"]), engine) is None
     assert "always as deep as configured: No round could be timed." in caplog.text
