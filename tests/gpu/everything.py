@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-SHARE = 3  # tests that share a device
+SHARE = 3  # tests that share a device, unless the command says otherwise
+# what takes longest to compile starts first
+LONG = (
+    "test_skinny_gpu",
+    "test_fused_gpu",
+    "test_mla_gpu",
+    "test_round_gpu",
+    "test_lm_head_gpu",
+    "test_gqa_gpu",
+    "test_invariant_gpu",
+)
+ALONE = {"test_agreement_gpu": 2, "test_ranks_gpu": 2, "test_memory_gpu": 1}  # devices for themselves
 SPECULATOR = (sys.executable, "-m", "speculator")
 
 
@@ -44,8 +55,8 @@ def jobs(out: Path) -> list[Job]:
     """Long tests first, then the benchmarks; FlashMLA's and FlashAttention-3's where their folders are given."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "--maxfail=15", "-p", "no:cacheprovider")
     found = sorted(path.stem for path in (ROOT / "tests" / "gpu").glob("test_*_gpu.py"))
-    several = {"test_agreement_gpu": 2, "test_ranks_gpu": 2}
-    tests = [Job(name, (*pytest, f"tests/gpu/{name}.py"), 420, several.get(name, 0)) for name in found]
+    found.sort(key=lambda name: (name not in ALONE, LONG.index(name) if name in LONG else len(LONG)))
+    tests = [Job(name, (*pytest, f"tests/gpu/{name}.py"), 420, ALONE.get(name, 0)) for name in found]
     benches = [
         _bench("skinny", 200, "--write", str(out / "products.json")),
         _bench("mla", 240, "--variants", *_peer("--flash-mla", "SPECULATOR_FLASHMLA"), out=out / "mla_variants.json"),
@@ -71,8 +82,8 @@ def _peer(option: str, variable: str) -> tuple[str, ...]:
 class Board:
     """Starts what fits, ends what takes too long."""
 
-    def __init__(self, waiting: Sequence[Job], devices: Sequence[int], out: Path, deadline: float) -> None:
-        self.waiting, self.out, self.deadline = list(waiting), out, deadline
+    def __init__(self, waiting: Sequence[Job], devices: Sequence[int], out: Path, deadline: float, share: int) -> None:
+        self.waiting, self.out, self.deadline, self.share = list(waiting), out, deadline, share
         self.load = dict.fromkeys(devices, 0.0)  # 1 is a full device
         self.running: list[Running] = []
         self.failed = 0
@@ -131,9 +142,8 @@ class Board:
             )
         self.running.append(Running(job, devices, process))
 
-    @staticmethod
-    def _needs(job: Job) -> float:
-        return 1.0 if job.devices else 1 / SHARE
+    def _needs(self, job: Job) -> float:
+        return 1.0 if job.devices else 1 / self.share
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
@@ -146,12 +156,13 @@ def main() -> int:
     p.add_argument("--out", type=Path, required=True, help="folder for logs and figures")
     p.add_argument("--seconds", type=float, default=3600, help="for everything")
     p.add_argument("--devices", type=int, nargs="+", help="default: all")
+    p.add_argument("--share", type=int, default=SHARE, help="tests that share a device (default: %(default)s)")
     p.add_argument("--only", nargs="+", default=[""], help="jobs whose names hold one of these")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     devices = args.devices or list(range(_devices()))
     picked = [job for job in jobs(args.out) if any(part in job.name for part in args.only)]
-    return min(1, Board(picked, devices, args.out, time.monotonic() + args.seconds).run())
+    return min(1, Board(picked, devices, args.out, time.monotonic() + args.seconds, args.share).run())
 
 
 def _devices() -> int:
