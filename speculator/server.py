@@ -58,7 +58,7 @@ from speculator.v1 import drafter_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-SCHEMA_REVISION = 2
+SCHEMA_REVISION = 3
 MINIMUM_CLIENT_REVISION = 1
 SERVICES = ("speculator.v1.DrafterService", "speculator.v1.AdminService")
 LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop
@@ -182,6 +182,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             target_revision=about.target_revision,
             draft_model=info.draft_model,
             draft_method=info.draft_method,
+            draft_revision=about.draft_revision,
             vocab_size=info.vocab_size,
             eos_token_ids=info.eos_token_ids,
             tokenizer_sha256=about.tokenizer_sha256,

@@ -44,6 +44,7 @@ class About:
     instance_id: str = ""
     target_revision: str = ""
     tokenizer_sha256: str = ""
+    draft_revision: str = ""
 
 
 # ---- in ----

@@ -76,7 +76,7 @@ async def serving(
     engine = engine or FakeEngine()
     config = ServerConfig(**{"port": 0, "metrics_port": 0, **options})
     core = DrafterCore(engine, max_queued=config.max_queued_steps, idle_timeout=config.session_idle_timeout_s)
-    about = About("0.0.test", "fake-target", "here", "rev", "sha")
+    about = About("0.0.test", "fake-target", "here", "rev", "sha", "head-rev")
     server = Server(core, config, about=about, tokenizer=tokenizer)
     await server.start()
     channel = (connect or plain_channel)(server.port)

@@ -133,7 +133,7 @@ def _reached(args: argparse.Namespace, plans: Sequence[Plan], also: Sequence[Dra
         check_limits(info, [*(plan.shape for plan in plans if plan.shape), *also], max(plan.rows for plan in plans))
         tokenizer, _ = tokenizer_of(info, Path(args.target) if args.target else None)
         named = Named(info.target_model, info.draft_model, info.draft_method, tokenizer.has_chat)
-        hashes = {"target": info.target_revision, "head": info.draft_model}
+        hashes = {"target": info.target_revision, "head": info.draft_revision}
         told = {"address": args.server, "version": info.version, "instance": info.instance_id}
         told |= {"tokenizer": info.tokenizer_sha256[:16]}
         player = RemotePlayer(steps, info.limits.context)

@@ -109,6 +109,7 @@ def _about(config: Config, engine: Engine, tokenizer: FolderTokenizer | None) ->
         model=engine.info.target_model,
         instance_id=str(uuid.uuid4()),
         target_revision=fingerprint(Path(config.model.target)),
+        draft_revision=fingerprint(Path(config.model.head)) if config.model.head else "",
         tokenizer_sha256=tokenizer.sha256 if tokenizer else "",
     )
 

@@ -250,6 +250,7 @@ class ServerInfo(NamedTuple):
     default_shape: Shape
     schema_revision: int
     minimum_client_revision: int
+    draft_revision: str  # empty also where the server is older than revision 3
 
 
 class ServerStats(NamedTuple):

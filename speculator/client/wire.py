@@ -316,6 +316,7 @@ def read_info(answer: admin_pb2.GetServerInfoResponse) -> ServerInfo:
         read_shape(answer.default_draft),
         answer.schema_revision,
         answer.minimum_client_revision,
+        answer.draft_revision,
     )
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from speculator.v1 import drafter_pb2 as speculator_dot_v1_dot_drafter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19speculator/v1/admin.proto\x12\rspeculator.v1\x1a\x1bspeculator/v1/drafter.proto\"\x16\n\x14GetServerInfoRequest\"\xe5\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x17\n\x0fschema_revision\x18\x02 \x01(\r\x12\x1f\n\x17minimum_client_revision\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12\x14\n\x0ctarget_model\x18\x05 \x01(\t\x12\x17\n\x0ftarget_revision\x18\x06 \x01(\t\x12\x13\n\x0b\x64raft_model\x18\x07 \x01(\t\x12\x14\n\x0c\x64raft_method\x18\x08 \x01(\t\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12\x18\n\x10tokenizer_sha256\x18\x0b \x01(\t\x12%\n\x06limits\x18\x0c \x01(\x0b\x32\x15.speculator.v1.Limits\x12\x1c\n\x14tensor_parallel_size\x18\r \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x0e \x01(\r\x12\x35\n\x0c\x64\x65\x66\x61ult_rule\x18\x0f \x01(\x0e\x32\x1f.speculator.v1.VerificationRule\x12\x31\n\rdefault_draft\x18\x10 \x01(\x0b\x32\x1a.speculator.v1.DraftParams\"\x9e\x01\n\x06Limits\x12\x1a\n\x12max_context_length\x18\x01 \x01(\r\x12\x16\n\x0emax_tree_nodes\x18\x02 \x01(\r\x12\x16\n\x0emax_tree_depth\x18\x03 \x01(\r\x12\x17\n\x0fmax_batch_items\x18\x04 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x05 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\r\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.speculator.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x11\n\x0fGetStatsRequest\"\xa5\x01\n\x10GetStatsResponse\x12-\n\x05stats\x18\x01 \x01(\x0b\x32\x1e.speculator.v1.AcceptanceStats\x12\x18\n\x10running_sessions\x18\x02 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x03 \x01(\r\x12\x16\n\x0eused_kv_blocks\x18\x04 \x01(\x04\x12\x17\n\x0ftotal_kv_blocks\x18\x05 \x01(\x04\x32\x9f\x02\n\x0c\x41\x64minService\x12_\n\rGetServerInfo\x12#.speculator.v1.GetServerInfoRequest\x1a$.speculator.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x12\\\n\x0cListSessions\x12\".speculator.v1.ListSessionsRequest\x1a#.speculator.v1.ListSessionsResponse\"\x03\x90\x02\x01\x12P\n\x08GetStats\x12\x1e.speculator.v1.GetStatsRequest\x1a\x1f.speculator.v1.GetStatsResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19speculator/v1/admin.proto\x12\rspeculator.v1\x1a\x1bspeculator/v1/drafter.proto\"\x16\n\x14GetServerInfoRequest\"\xfd\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x17\n\x0fschema_revision\x18\x02 \x01(\r\x12\x1f\n\x17minimum_client_revision\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12\x14\n\x0ctarget_model\x18\x05 \x01(\t\x12\x17\n\x0ftarget_revision\x18\x06 \x01(\t\x12\x13\n\x0b\x64raft_model\x18\x07 \x01(\t\x12\x14\n\x0c\x64raft_method\x18\x08 \x01(\t\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12\x18\n\x10tokenizer_sha256\x18\x0b \x01(\t\x12%\n\x06limits\x18\x0c \x01(\x0b\x32\x15.speculator.v1.Limits\x12\x1c\n\x14tensor_parallel_size\x18\r \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x0e \x01(\r\x12\x35\n\x0c\x64\x65\x66\x61ult_rule\x18\x0f \x01(\x0e\x32\x1f.speculator.v1.VerificationRule\x12\x31\n\rdefault_draft\x18\x10 \x01(\x0b\x32\x1a.speculator.v1.DraftParams\x12\x16\n\x0e\x64raft_revision\x18\x11 \x01(\t\"\x9e\x01\n\x06Limits\x12\x1a\n\x12max_context_length\x18\x01 \x01(\r\x12\x16\n\x0emax_tree_nodes\x18\x02 \x01(\r\x12\x16\n\x0emax_tree_depth\x18\x03 \x01(\r\x12\x17\n\x0fmax_batch_items\x18\x04 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x05 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\r\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.speculator.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x11\n\x0fGetStatsRequest\"\xa5\x01\n\x10GetStatsResponse\x12-\n\x05stats\x18\x01 \x01(\x0b\x32\x1e.speculator.v1.AcceptanceStats\x12\x18\n\x10running_sessions\x18\x02 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x03 \x01(\r\x12\x16\n\x0eused_kv_blocks\x18\x04 \x01(\x04\x12\x17\n\x0ftotal_kv_blocks\x18\x05 \x01(\x04\x32\x9f\x02\n\x0c\x41\x64minService\x12_\n\rGetServerInfo\x12#.speculator.v1.GetServerInfoRequest\x1a$.speculator.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x12\\\n\x0cListSessions\x12\".speculator.v1.ListSessionsRequest\x1a#.speculator.v1.ListSessionsResponse\"\x03\x90\x02\x01\x12P\n\x08GetStats\x12\x1e.speculator.v1.GetStatsRequest\x1a\x1f.speculator.v1.GetStatsResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,17 +41,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=73
   _globals['_GETSERVERINFOREQUEST']._serialized_end=95
   _globals['_GETSERVERINFORESPONSE']._serialized_start=98
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=583
-  _globals['_LIMITS']._serialized_start=586
-  _globals['_LIMITS']._serialized_end=744
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=746
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=806
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=808
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=897
-  _globals['_GETSTATSREQUEST']._serialized_start=899
-  _globals['_GETSTATSREQUEST']._serialized_end=916
-  _globals['_GETSTATSRESPONSE']._serialized_start=919
-  _globals['_GETSTATSRESPONSE']._serialized_end=1084
-  _globals['_ADMINSERVICE']._serialized_start=1087
-  _globals['_ADMINSERVICE']._serialized_end=1374
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=607
+  _globals['_LIMITS']._serialized_start=610
+  _globals['_LIMITS']._serialized_end=768
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=770
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=830
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=832
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=921
+  _globals['_GETSTATSREQUEST']._serialized_start=923
+  _globals['_GETSTATSREQUEST']._serialized_end=940
+  _globals['_GETSTATSRESPONSE']._serialized_start=943
+  _globals['_GETSTATSRESPONSE']._serialized_end=1108
+  _globals['_ADMINSERVICE']._serialized_start=1111
+  _globals['_ADMINSERVICE']._serialized_end=1398
 # @@protoc_insertion_point(module_scope)

@@ -12,7 +12,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "schema_revision", "minimum_client_revision", "instance_id", "target_model", "target_revision", "draft_model", "draft_method", "vocab_size", "eos_token_ids", "tokenizer_sha256", "limits", "tensor_parallel_size", "pipeline_parallel_size", "default_rule", "default_draft")
+    __slots__ = ("version", "schema_revision", "minimum_client_revision", "instance_id", "target_model", "target_revision", "draft_model", "draft_method", "vocab_size", "eos_token_ids", "tokenizer_sha256", "limits", "tensor_parallel_size", "pipeline_parallel_size", "default_rule", "default_draft", "draft_revision")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_REVISION_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_CLIENT_REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class GetServerInfoResponse(_message.Message):
     PIPELINE_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_RULE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_DRAFT_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_REVISION_FIELD_NUMBER: _ClassVar[int]
     version: str
     schema_revision: int
     minimum_client_revision: int
@@ -45,7 +46,8 @@ class GetServerInfoResponse(_message.Message):
     pipeline_parallel_size: int
     default_rule: _drafter_pb2.VerificationRule
     default_draft: _drafter_pb2.DraftParams
-    def __init__(self, version: _Optional[str] = ..., schema_revision: _Optional[int] = ..., minimum_client_revision: _Optional[int] = ..., instance_id: _Optional[str] = ..., target_model: _Optional[str] = ..., target_revision: _Optional[str] = ..., draft_model: _Optional[str] = ..., draft_method: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., tokenizer_sha256: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., default_rule: _Optional[_Union[_drafter_pb2.VerificationRule, str]] = ..., default_draft: _Optional[_Union[_drafter_pb2.DraftParams, _Mapping]] = ...) -> None: ...
+    draft_revision: str
+    def __init__(self, version: _Optional[str] = ..., schema_revision: _Optional[int] = ..., minimum_client_revision: _Optional[int] = ..., instance_id: _Optional[str] = ..., target_model: _Optional[str] = ..., target_revision: _Optional[str] = ..., draft_model: _Optional[str] = ..., draft_method: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., tokenizer_sha256: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., default_rule: _Optional[_Union[_drafter_pb2.VerificationRule, str]] = ..., default_draft: _Optional[_Union[_drafter_pb2.DraftParams, _Mapping]] = ..., draft_revision: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_context_length", "max_tree_nodes", "max_tree_depth", "max_batch_items", "max_sessions", "max_message_bytes")

@@ -89,6 +89,7 @@ async def test_server_info() -> None:
     async with serving() as s:
         answer = await s.admin.GetServerInfo(admin_pb2.GetServerInfoRequest())
         assert (answer.version, answer.instance_id) == ("0.0.test", "here")
+        assert (answer.target_revision, answer.draft_revision) == ("rev", "head-rev")
         assert (answer.target_model, answer.draft_model, answer.draft_method) == ("fake-target", "fake-head", "eagle3")
         assert (answer.vocab_size, list(answer.eos_token_ids)) == (101, [0])
         assert answer.limits == admin_pb2.Limits(
