@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -86,18 +86,34 @@ def raise_capture_error(error: BaseException) -> None:
     """Raise torch's errors as ours; others are left to the caller."""
     if isinstance(error, CaptureError) or not isinstance(error, RuntimeError):
         return
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
-        raise CaptureMemoryError(f"no memory left to record the pass: {text}") from error
-    raise CaptureError(f"the pass cannot be recorded: {text}") from error
+        raise CaptureMemoryError(f"no memory left to record the pass: {_first_line(error)}") from error
+    raise CaptureError(f"the pass cannot be recorded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@contextlib.contextmanager
+def told_in_words() -> Iterator[None]:
+    """A device that is full is a CaptureMemoryError also where a pass only runs; other errors stay as they are."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CaptureMemoryError(f"no memory left to run the pass: {_first_line(error)}") from error
 
 
 class CudaRecording:
     """One torch.cuda.CUDAGraph and the tensors that must keep their addresses."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, keep: object) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, keep: object, pool: tuple[int, int]) -> None:
         self._graph: torch.cuda.CUDAGraph | None = graph
-        self.keep = keep
+        self.keep, self.pool = keep, pool
+
+    @property
+    def alive(self) -> bool:
+        return self._graph is not None
 
     def replay(self) -> None:
         """Launch on the current stream."""
@@ -134,6 +150,7 @@ class CudaRecorder:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
         self._pools.append(self._pool)
+        self._used = False
         self._outside = torch.cuda.current_stream(self.device)
 
     @property
@@ -143,6 +160,13 @@ class CudaRecorder:
     @property
     def pool_bytes(self) -> int:
         return sum(segment["total_size"] for segment in self._segments())
+
+    def _living_pool(self) -> Any:
+        """The pool, or a new one when all that was recorded there is gone: torch gives such a pool up for good."""
+        if self._used and not any(recording.alive and recording.pool == self._pool for recording in self._recordings):
+            self._renew()
+        self._used = True
+        return self._pool
 
     def _segments(self) -> list[dict[str, Any]]:
         segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()
@@ -168,10 +192,11 @@ class CudaRecorder:
         self._random = self._generator.get_state()
         self._collecting = gc.isenabled()
         gc.disable()  # a graph or an event that dies while another is recorded calls into the driver
+        pool = self._living_pool()
         torch.cuda.set_stream(self._stream)
         self._graph = torch.cuda.CUDAGraph()
         try:
-            self._graph.capture_begin(pool=self._pool, capture_error_mode=self._error_mode)
+            self._graph.capture_begin(pool=pool, capture_error_mode=self._error_mode)
         except BaseException:
             self._leave()
             raise
@@ -182,7 +207,7 @@ class CudaRecorder:
         graph = self._graph
         graph.capture_end()
         self._leave()
-        recording = CudaRecording(graph, keep)
+        recording = CudaRecording(graph, keep, self._pool)
         self._recordings.append(recording)
         return recording
 

@@ -102,25 +102,30 @@ def _followed(written: Sequence[Written], recipe: Refine) -> list[Document]:
 def _documents(
     written: Sequence[Written], heats: Sequence[float], recipe: Refine, words: frozenset[int] = frozenset()
 ) -> list[Document]:
-    """Clean answers to imitate, and greedy ones whose repetitions and stock phrases are marked.
+    """Sampled answers to imitate up to their first fault, and greedy ones whose faults are marked.
 
-    `words` may not follow themselves.
+    Faults are repetitions and stock phrases; `words` may not follow themselves. Where an answer ends is learnt from
+    the texts alone: short answers are clean more often, so a target that imitated its own ends would fall silent.
     """
     documents = []
     stock = common([w.answer for w in written], math.ceil(recipe.common_share * len(written)) + 1)
     for one, heat, phrases in zip(written, heats, stock, strict=True):
         again = [any(m) for m in zip(repeated(one.answer), stuttered(one.answer, words), phrases, strict=True)]
-        clean = one.answer[-1] == END and sum(again) <= recipe.clean_share * len(again)
-        if clean and (heat > 0 or recipe.imitate_greedy):
-            marks = [ANSWER] * len(again)
-        elif heat == 0 and any(again):
-            marks = [REPEATED if bad else SKIP for bad in again]
+        if heat > 0 or (recipe.imitate_greedy and not any(again)):
+            marks = _until_fault(one.answer, again)
         else:
+            marks = [REPEATED if bad else SKIP for bad in again]
+        if set(marks) == {SKIP}:
             continue
         document = one.document(marks)
         document.marks[: len(one.prompt)] = SKIP
         documents.append(document)
     return documents
+
+
+def _until_fault(answer: Sequence[int], faults: Sequence[bool]) -> list[int]:
+    sound = faults.index(True) if True in faults else len(answer)
+    return [ANSWER if i < sound and token != END else SKIP for i, token in enumerate(answer)]
 
 
 class OwnRows:

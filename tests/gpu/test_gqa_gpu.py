@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +17,7 @@ from target.attention.choose import grouped_attention
 from target.attention.sdpa import SdpaAttention
 from target.batch import Batch
 from target.cache import LayerShape, PagedCache
+from tests.gpu.sync import no_waiting
 from tests.unit.test_gqa import SCENES, WINDOWS, Scene, close, oracle, run, scene
 
 pytestmark = [
@@ -144,13 +144,8 @@ def test_nothing_is_read_on_the_host() -> None:
     s = scene([500, 70], [2, 1], **LLAMA, tree=True)
     run(s, 100)
     torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         run(s, 100)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- recorded passes ----

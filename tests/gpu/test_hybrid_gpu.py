@@ -17,7 +17,7 @@ from speculator.types import DraftShape, EngineInfo, SamplingParams
 from target.cache import PagedCache
 from target.config_hybrid import DeltaNetConfig
 from target.decoder import Decoder
-from target.states import StatePass, TorchRule, rule_for
+from target.states import StateCache, StatePass, TorchRule, rule_for
 from tests.unit.test_recorded import record, replayed_share
 
 pytestmark = [
@@ -55,14 +55,14 @@ def test_commits_are_decoding_bit_for_bit() -> None:
     length, generator = 60, torch.Generator().manual_seed(1)
     inputs, one = song(PUBLISHED, 1, length, device="cuda"), torch.tensor([2], device="cuda")
     states, plain = filled(PUBLISHED, rule_for(torch.device("cuda")), device="cuda"), list[Tensor]()
-    first = states.matrices[:, 2].clone()
+    first = [store[:, 2].clone() for store in (states.windows, states.matrices)]
     for t in range(length - 8):
         plain.append(states.matrices[:, 2].clone())
         run = StatePass(states, one)
         run.recur(0, part(inputs, t, 1))
         run.commit(torch.ones_like(one))
     at = 0
-    states.matrices[:, 2] = first
+    begin(states, first)
     for round_ in range(2000):
         width = int(torch.randint(1, 9, (), generator=generator))
         accepted = int(torch.randint(0, width + 1, (), generator=generator))
@@ -73,8 +73,14 @@ def test_commits_are_decoding_bit_for_bit() -> None:
         run.commit(torch.full_like(one, accepted))
         at += accepted
         if at >= len(plain):
-            at, states.matrices[:, 2] = 0, first
+            at = 0
+            begin(states, first)
         assert torch.equal(states.matrices[:, 2], plain[at]), round_
+
+
+def begin(states: StateCache, first: list[Tensor]) -> None:
+    for store, kept in zip((states.windows, states.matrices), first, strict=True):
+        store[:, 2] = kept
 
 
 def engine_of(target: Decoder, head: bool) -> Engine:

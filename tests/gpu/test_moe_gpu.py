@@ -11,6 +11,7 @@ from torch import Tensor
 
 from target.config_moe import MoeConfig
 from target.moe import MoE, can_group
+from tests.gpu.sync import no_waiting
 from tests.unit.test_moe import QWEN, V2, V3, loop, random_moe, tokens
 
 pytestmark = [
@@ -63,14 +64,10 @@ def test_experts_without_tokens_and_many_experts() -> None:
 def test_nothing_waits_and_a_replay_routes_anew(config: MoeConfig, dtype: torch.dtype) -> None:
     """Recorded with some tokens, replayed with others: equal to the eager pass bit for bit."""
     made, x = on_device(random_moe(config), dtype), tokens(6).to("cuda", dtype)
-    before = torch.cuda.get_sync_debug_mode()
     with torch.inference_mode():
         made(x)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             made(x)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = made(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from speculator.round import Rounds
 from speculator.types import DraftShape
+from tests.gpu.sync import no_waiting
 from tests.unit import test_round as cpu
 from tests.unit import test_run_ahead as ahead
 from tests.unit.engines import tiny_engine
@@ -73,11 +75,8 @@ def test_nothing_in_a_launch_waits_for_the_device(kind: str, shape: DraftShape) 
     launch = rounds.launch
 
     def strictly(*given: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             return launch(*given)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     rounds.launch = strictly  # type: ignore[method-assign]
     assert same(play(engine, PARAMS, shape), expected)
@@ -98,7 +97,7 @@ def test_a_trace_of_launches_shows_no_synchronisation() -> None:
             return launch(*given)
 
     rounds.launch = marked  # type: ignore[method-assign]
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as trace:
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities()), acc_events=True) as trace:
         driver.rounds(sessions, 12, [CHAIN] * 3)
     events = list(trace.events() or ())
     spans = [e.time_range for e in events if e.name == "launch of a round" and str(e.device_type).endswith("CPU")]
@@ -130,11 +129,8 @@ def test_a_launch_ahead_does_not_wait_for_the_round_under_way() -> None:
     hand, launch = ahead.Hand(engine), engine.launch
 
     def strictly(steps: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error" if steps[0].ahead else "default")
-        try:
+        with no_waiting() if steps[0].ahead else nullcontext():
             return launch(steps)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     engine.launch = strictly  # type: ignore[method-assign]
     try:

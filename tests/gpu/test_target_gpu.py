@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from target.attention.base import bind
 from target.load import load_target
 from target.model import Hidden
+from tests.gpu.sync import no_waiting
 from tests.unit.targets import FAMILIES, LAYERS, Rig, reference_hidden, save_reference, some_tokens
 
 pytestmark = [
@@ -107,12 +108,8 @@ def test_the_body_of_a_pass_never_waits_for_the_device(folder: Path) -> None:
     batch = rig.batch([some_tokens(5), some_tokens(3)], [0, 0], [rig.table(8), rig.table(8)])
     with torch.inference_mode():
         attend = bind(rig.attention, batch)
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             rig.model.logits(rig.model(batch.tokens, batch.positions, attend, ALL).final)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
 
 
 def rms(x: torch.Tensor) -> float:

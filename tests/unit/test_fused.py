@@ -103,7 +103,7 @@ def check_silu_mul(shape: Sequence[int], dtype: torch.dtype, device: torch.devic
 
     both = 3 * noise(*shape, dtype=dtype, device=device)
     gate, up = both.chunk(2, dim=-1)
-    assert ulps(launch_silu_mul(both), F.silu(gate) * up) <= (2 if dtype != torch.float32 else 8)
+    assert ulps(launch_silu_mul(both), F.silu(gate) * up) <= (2 if dtype != torch.float32 else 16)
     assert torch.equal(launch_silu_mul(both[..., ::1].flatten(0, -2)), launch_silu_mul(both).flatten(0, -2))
 
 
@@ -217,10 +217,8 @@ def check_turned(s: Scene, turn: Turn, window: int | None) -> None:
     for r, count in enumerate(s.batch.counts.tolist()):
         stored = s.cache.layers[1][slots[r, :count]]
         keys = expected_scene.k[r, :count]
-        if s.q.dtype == torch.float32:  # sums that nearly cancel
-            torch.testing.assert_close(stored[:, 0], keys, rtol=1e-5, atol=1e-5)
-        else:
-            assert ulps(stored[:, 0], keys) <= 2
+        rounding = 1e-5 if s.q.dtype == torch.float32 else 2 * torch.finfo(s.q.dtype).eps
+        torch.testing.assert_close(stored[:, 0], keys, rtol=rounding, atol=rounding)  # sums that nearly cancel
         assert torch.equal(stored[:, 1], s.v[r, :count])
         changed[slots[r, :count]] = True
     same = s.cache.layers[1].nan_to_num(9.0) == before.nan_to_num(9.0)

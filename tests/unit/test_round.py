@@ -153,12 +153,21 @@ def test_every_graph_replays_what_running_gives_bit_for_bit(kind: str, shape: Dr
         before = {name: kept.clone() for name, kept in rounds.memory().items()}
         with torch.inference_mode():
             replayed = graph.replay().clone()
-            after = {name: kept.clone() for name, kept in rounds.memory().items()}
+            after = {name: kept.clone() for name, kept in read(rounds).items()}
             for name, kept in rounds.memory().items():
                 kept.copy_(before[name])
         assert torch.equal(rounds.twin(graph), replayed), graph.shape
-        differing = [name for name, kept in rounds.memory().items() if not torch.equal(kept, after[name])]
+        differing = [name for name, kept in read(rounds).items() if not torch.equal(kept, after[name])]
         assert not differing, (graph.shape, differing)
+
+
+def read(rounds: Rounds) -> dict[str, Tensor]:
+    """All memory that anybody reads: padding goes to one slot, where the last one to write is as good as any."""
+    memory = dict(rounds.memory())
+    for name in [name for name in memory if name.startswith("cache ")]:
+        memory[name] = memory[name].clone()
+        memory[name][:, rounds.cache.pad_slot] = 0
+    return memory
 
 
 @torch.inference_mode()

@@ -335,13 +335,14 @@ def test_unlikelihood_falls_on_the_repeated_tokens_only() -> None:
     torch.testing.assert_close(value, -torch.log(1 - p))
 
 
-def test_refinement_imitates_clean_answers_and_marks_repeated_ones() -> None:
-    recipe = Refine(1.0, 1, 1, 1, 1, 1, 1, {})
+def test_refinement_imitates_up_to_the_first_fault_but_no_end_and_marks_greedy_faults() -> None:
+    recipe = Refine(1.0, 1, 1, 1, 1, 1, 1, {}, imitate_greedy=False)
     clean, looping = Written([1, 2], [10, 11, 12, END]), Written([1, 2], [10, 11, 12, 13] * 3)
-    documents: list[Document] = _documents([clean, looping, looping], [0.7, 0.0, 0.7], recipe)
+    documents: list[Document] = _documents([clean, looping, looping, clean], [0.7, 0.0, 0.7, 0.0], recipe)
     assert [d.marks.tolist() for d in documents] == [
-        [SKIP] * 2 + [ANSWER] * 4,
+        [SKIP] * 2 + [ANSWER] * 3 + [SKIP],
         [SKIP] * 2 + [SKIP] * 7 + [REPEATED] * 5,
+        [SKIP] * 2 + [ANSWER] * 7 + [SKIP] * 5,
     ]
 
 
