@@ -35,6 +35,7 @@ from speculator.recorded import Sizes
 from speculator.types import DraftShape
 
 BUNDLED = "bundled"
+MOST_NAMES = 60  # kernels that a report lists
 QUERIES = (1, 8, 64)
 WORDS = "synthetic: {weights} weights, acceptance forced to {accept:g} tokens a round"
 
@@ -280,7 +281,12 @@ def _ledger(played: Played, seconds: float) -> dict[str, Any]:
     """The ledger, and what the host adds: the time of a round in which its span on the device is not under way."""
     if played.ledger is None:
         return {}
-    found = {"ledger_ms": in_milliseconds(played.ledger, seconds * 1e3), "kernels": played.ledger.kernels}
+    found: dict[str, Any] = {
+        "ledger_ms": in_milliseconds(played.ledger, seconds * 1e3),
+        "kernels": played.ledger.kernels,
+    }
+    names = list(played.ledger.names.items())[:MOST_NAMES]
+    found["by_kernel"] = [[name[:80], count, round(us, 1)] for name, (count, us) in names]
     if played.ledger.span is None:
         return found
     return {**found, "host_us": round(max(0.0, seconds * 1e6 - played.ledger.span), 1)}

@@ -6,7 +6,8 @@ Owns: the table and the sums. Must never run a round.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Ledger(NamedTuple):
     busy: float  # something ran
     span: float | None  # from the first start to the last end; None where operators are timed by themselves
     kernels: int
+    names: Mapping[str, tuple[int, float]] = MappingProxyType({})  # of one round: how often, and microseconds
 
 
 def part_of(name: str) -> str:
@@ -93,7 +95,16 @@ def ledger_of(kernels: Sequence[Kernel]) -> Ledger:
         parts[part_of(kernel.name)] += kernel.end - kernel.start
         busy += max(0.0, kernel.end - max(kernel.start, last))
         last = max(last, kernel.end)
-    return Ledger(parts, busy, last - min(k.start for k in kernels), len(kernels))
+    return Ledger(parts, busy, last - min(k.start for k in kernels), len(kernels), by_name(kernels))
+
+
+def by_name(kernels: Sequence[Kernel]) -> dict[str, tuple[int, float]]:
+    """How often each ran and for how many microseconds in all, the longest first."""
+    found: dict[str, tuple[int, float]] = {}
+    for name, start, end in kernels:
+        count, total = found.get(name, (0, 0.0))
+        found[name] = (count + 1, total + end - start)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
 def median(ledgers: Sequence[Ledger]) -> Ledger:
@@ -105,6 +116,7 @@ def median(ledgers: Sequence[Ledger]) -> Ledger:
         middle(one.busy for one in ledgers),
         middle(one.span or 0.0 for one in ledgers),
         round(middle(one.kernels for one in ledgers)),
+        ledgers[-1].names,
     )
 
 
