@@ -87,6 +87,7 @@ class Expansion:
         self.sampling = start.sampling._replace(any_penalty=False)
         count = head.record.draft_vocab_size
         self.ids = torch.arange(count, device=start.output.device) if head.target_ids is None else head.target_ids
+        self._counts = dict[int, Tensor]()
 
     def root(self) -> Tensor:
         """[R, 1, H]"""
@@ -105,8 +106,10 @@ class Expansion:
         """
         rows, count = tokens.shape
         start = self.start
-        positions = (start.context + level - 1)[:, None].expand(rows, count)
-        counts = self.live * count
+        positions = (start.context + (level - 1) if level > 1 else start.context)[:, None].expand(rows, count)
+        if count not in self._counts:
+            self._counts[count] = self.live * count
+        counts = self._counts[count]
         longest = start.longest + (0 if start.static else offset + count)
         batch = Batch(tokens, positions, start.context, counts, start.pages, ancestors, offset, longest, start.static)
         return self.head(self.head.recycle(parents), tokens, positions, bind(self.attention, batch))  # type: ignore[no-any-return]
@@ -179,7 +182,7 @@ class _Chain:
             self.distributions.append(_in_target_vocabulary(self.expand, logq))
 
     def _add(self, drawn: Tensor, logprobs: Tensor) -> None:
-        self.tokens.append(self.expand.ids[drawn])
+        self.tokens.append(drawn if self.expand.head.target_ids is None else self.expand.ids[drawn])
         self.logprobs.append(logprobs)
 
     def done(self) -> Drafted:

@@ -21,6 +21,7 @@ from target.attention.base import Attend, Turn, fused_form
 from target.errors import PlanError
 from target.layers import GatedMLP, Pieces, RMSNorm, SelfAttention, ZeroCentredNorm
 from target.products import TUNED_TYPES, Config, FastProduct, FixedProduct, Linear, kernels_need
+from target.rope import Rope
 
 OVERRIDE = "SPECULATOR_FUSED"  # on or off; off until the GPU tests have passed on a device
 LARGEST_NORM = 1 << 14  # values of a normed row, which one program holds
@@ -37,6 +38,15 @@ class FusedPieces(Pieces):
 
     def add_norm(self, norm: RMSNorm, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
         return _norm(norm, x, more)
+
+    def beside(self, norm: RMSNorm, x: Tensor, other: RMSNorm | None, table: Tensor, tokens: Tensor) -> Tensor:
+        from target.kernels.norm import launch_beside
+
+        plain = not any(isinstance(one, ZeroCentredNorm) for one in (norm, other))
+        if not plain or table.shape[1] != x.shape[-1] or table.dtype != x.dtype or not table.is_contiguous():
+            return super().beside(norm, x, other, table, tokens)
+        weight, eps = (None, 0.0) if other is None else (other.weight, other.eps)
+        return launch_beside(tokens, table, weight, eps, x, norm.weight, norm.eps)
 
     def attend(self, layer: SelfAttention, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         fused = fused_form(attend)
@@ -88,7 +98,17 @@ def fuse(*models: nn.Module | None) -> int:
         ):
             module.pieces = FUSED
             taken += 1
+        if isinstance(module, Rope):
+            module.tables = _tables
     return taken
+
+
+def _tables(
+    positions: Tensor, inverse: Tensor, amplitude: float, interleaved: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from target.kernels.turn import launch_turn
+
+    return launch_turn(positions, inverse, amplitude, interleaved, dtype)
 
 
 def fuse_where_possible(device: torch.device, *models: nn.Module | None) -> int:

@@ -26,6 +26,11 @@ class Pieces:
         x = x + more
         return x, norm.normed(x)
 
+    def beside(self, norm: RMSNorm, x: Tensor, other: RMSNorm | None, table: Tensor, tokens: Tensor) -> Tensor:
+        """Embeddings of tokens [...], normed by `other`, and the norm of x [..., size]: [..., 2 size]."""
+        embedding = F.embedding(tokens, table)
+        return torch.cat((embedding if other is None else other(embedding), norm(x)), dim=-1)
+
     def attend(self, layer: SelfAttention, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """qkv [R, T, heads + 2 kv_heads, head_dim], cos and sin [R, T, 1, dim] -> [R, T, heads, head_dim]."""
         qk, v = qkv.split_with_sizes((layer.heads + layer.kv_heads, layer.kv_heads), dim=-2)
@@ -61,6 +66,10 @@ class RMSNorm(nn.Module):
     def after(self, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual stream x [..., size] with what is still to be added to it, and the norm of that."""
         return (x, self(x)) if more is None else self.pieces.add_norm(self, x, more)
+
+    def beside(self, x: Tensor, other: RMSNorm | None, table: Tensor, tokens: Tensor) -> Tensor:
+        """Embeddings of tokens [...], normed by `other` if there is one, then the norm of x [..., size]: [..., 2 size]."""
+        return self.pieces.beside(self, x, other, table, tokens)
 
     def normed(self, x: Tensor) -> Tensor:
         """The norm in torch."""

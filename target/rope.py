@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from target.config import RopeConfig
 
 
+# (positions, inverse frequencies, amplitude, interleaved, dtype) -> cos, sin
+Tables = Callable[[Tensor, Tensor, float, bool, torch.dtype], tuple[Tensor, Tensor]]
+
+
 class Rope(nn.Module):
     """cos and sin tables for given positions; the pairs that are rotated are the two halves of a head (neox), or
     neighbours where `interleaved`.
@@ -25,6 +29,7 @@ class Rope(nn.Module):
     """
 
     inverse: Tensor
+    tables: Tables | None = None  # a kernel in place of torch's operations
 
     def __init__(self, config: RopeConfig, dim: int, interleaved: bool = False) -> None:
         super().__init__()
@@ -43,6 +48,8 @@ class Rope(nn.Module):
 
         They are for `rotate`, or for `rotate_pairs` where interleaved. The sin of a pair's first member is negated.
         """
+        if self.tables is not None and self.config.kind != "dynamic":
+            return self.tables(positions, self.inverse, self.amplitude, self.interleaved, dtype)
         angles = positions[..., None, None].float() * self._inverse(positions)
         cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
         if self.interleaved:

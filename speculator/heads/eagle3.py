@@ -28,11 +28,12 @@ class WideLayer(nn.Module):
         self.post_norm = RMSNorm(r.hidden_size, r.norm_eps)
         self.mlp = GatedMLP(r.hidden_size, r.intermediate_size, r.mlp_bias)
 
-    def forward(self, hidden: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        normed = self.hidden_norm(hidden)
-        embedding = embedding if self.input_norm is None else self.input_norm(embedding)
-        residual = normed if self.norm_before_residual else hidden
-        mixed = self.attention(torch.cat((embedding, normed), dim=-1), cos, sin, attend)
+    def forward(
+        self, hidden: Tensor, tokens: Tensor, table: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> Tensor:
+        wide = self.hidden_norm.beside(hidden, self.input_norm, table, tokens)
+        residual = wide[..., hidden.shape[-1] :] if self.norm_before_residual else hidden
+        mixed = self.attention(wide, cos, sin, attend)
         x, normed = self.post_norm.after(residual, mixed)
         return x + self.mlp(normed)  # type: ignore[no-any-return]
 
@@ -63,11 +64,10 @@ class Eagle3Head(DraftHead):
         return features if self.fc is None else self.fc(features)
 
     def forward(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        embedding = self.embedding(tokens)
         cos, sin = self.rope(positions, hidden.dtype)
         for layer in self.layers:
             if isinstance(layer, WideLayer):
-                hidden = layer(hidden, embedding, cos, sin, attend)
+                hidden = layer(hidden, tokens, self.embedding_table, cos, sin, attend)
             else:
                 hidden = layer(hidden, cos, sin, attend)
         return hidden

@@ -55,10 +55,15 @@ class MtpHead(DraftHead):
         return features
 
     def forward(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        pair = (self.embedding_norm(self._embedding(tokens, positions)), self.hidden_norm(hidden))
-        x = self.eh_proj(torch.cat(pair[::-1] if self.record.hidden_first else pair, dim=-1))
+        x = self.eh_proj(self._pair(hidden, tokens, positions))
         cos, sin = self.rope(positions, x.dtype)
         return self.layer(x, cos, sin, attend)  # type: ignore[no-any-return]
+
+    def _pair(self, hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        if not (self.record.hidden_first or self.record.zero_first):
+            return self.hidden_norm.beside(hidden, self.embedding_norm, self.embedding_table, tokens)
+        pair = (self.embedding_norm(self._embedding(tokens, positions)), self.hidden_norm(hidden))
+        return torch.cat(pair[::-1] if self.record.hidden_first else pair, dim=-1)
 
     def _embedding(self, tokens: Tensor, positions: Tensor) -> Tensor:
         embedding = self.embedding(tokens)

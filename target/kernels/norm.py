@@ -49,6 +49,61 @@ def norm_kernel(
     tl.store(out_ptr + row * SIZE + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def beside_kernel(
+    tokens_ptr,  # [N] int64
+    table_ptr,  # [V, SIZE], rows of the first half
+    x_ptr,  # [N, SIZE], rows of the second half, any distance apart
+    first_ptr,  # [SIZE], weight of the first norm, where NORM_FIRST
+    second_ptr,  # [SIZE]
+    out_ptr,  # [N, 2 * SIZE]
+    x_row,
+    first_eps,
+    second_eps,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
+):
+    """out = [norm of the token's row in the table, norm of x]; a program has one half of one row."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside = column < SIZE
+    if tl.program_id(1) == 0:
+        x = tl.load(table_ptr + tl.load(tokens_ptr + row) * SIZE + column, mask=inside, other=0.0)
+        if NORM_FIRST:
+            weight = tl.load(first_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            x = _scaled(x.to(tl.float32), weight, first_eps, SIZE).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * 2 * SIZE + column, x, mask=inside)
+    else:
+        x = tl.load(x_ptr + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(second_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = _scaled(x, weight, second_eps, SIZE)
+        tl.store(out_ptr + (row * 2 + 1) * SIZE + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scaled(x, weight, eps, SIZE: tl.constexpr):
+    return x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
+
+
+def launch_beside(
+    tokens: Tensor, table: Tensor, first: Tensor | None, first_eps: float, x: Tensor, second: Tensor, eps: float
+) -> Tensor:
+    """tokens [...] int64, table [V, size] and x [..., size] of one type -> [norm(table[tokens]), norm(x)], [..., 2 size].
+
+    Without `first`, its weight, rows of the table are taken as they are.
+    """
+    size = x.shape[-1]
+    rows = _rows(x)
+    out = torch.empty(*x.shape[:-1], 2 * size, dtype=x.dtype, device=x.device)
+    if rows.shape[0]:
+        beside_kernel[(rows.shape[0], 2)](
+            tokens.contiguous(), table, rows, second if first is None else first, second, out, rows.stride(0),
+            first_eps, eps, SIZE=size, WIDTH=triton.next_power_of_2(size), NORM_FIRST=first is not None,
+            num_warps=min(max(size // 512, 1), 16),
+        )  # fmt: skip
+    return out
+
+
 def launch_norm(
     x: Tensor, more: Tensor | None, weight: Tensor, eps: float, centred: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,68 @@ def test_what_is_not_added_yet_is_added_once() -> None:
     assert torch.equal(total, x + more) and torch.equal(normed, norm(total))
 
 
+def check_beside(count: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """With and without a norm of the embedding; x is a slice of wider rows."""
+    table = noise(11, size, dtype=dtype, device=device, seed=4)
+    tokens = torch.randint(0, 11, (count, 2), generator=torch.Generator().manual_seed(5)).to(device)
+    x = noise(count, 2, 3 * size, dtype=dtype, device=device).chunk(3, dim=-1)[1]
+    norm, other = (RMSNorm(size, eps).requires_grad_(False) for eps in (1e-5, 1e-3))
+    for n, seed in ((norm, 6), (other, 7)):
+        n.weight.data.add_(noise(size, seed=seed) * 0.3)
+    norm, other = norm.to(device, dtype), other.to(device, dtype)
+    for beside in (None, other):
+        got, expected = (pieces.beside(norm, x, beside, table, tokens) for pieces in (FUSED, TORCH))
+        assert got.shape == expected.shape == (count, 2, 2 * size)
+        assert ulps(got, expected) <= (1 if dtype != torch.float32 else 8)
+
+
+@on_the_interpreter
+@pytest.mark.parametrize(("count", "size"), [(1, 48), (3, 64), (0, 32), (5, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_embedding_and_a_hidden_state_are_normed_side_by_side(count: int, size: int, dtype: torch.dtype) -> None:
+    check_beside(count, size, dtype, CPU)
+
+
+# ---- rotary tables ----
+
+ROPES = [
+    RopeConfig(500000.0),
+    RopeConfig(10000.0, "yarn", {"factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
+]
+
+
+def check_tables(config: RopeConfig, dim: int, interleaved: bool, device: torch.device) -> None:
+    """Positions far out, in any shape; the twin is torch in float32."""
+    rope = Rope(config, dim, interleaved).to(device)
+    positions = torch.tensor([[0, 1, 63, 4095], [7, 100_000, 131_071, 2]], device=device)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        rope.tables = None
+        expected = rope(positions, dtype)
+        fuse(rope)
+        assert rope.tables is not None
+        rounding = 2 * torch.finfo(dtype).eps
+        for got, table in zip(rope(positions, dtype), expected, strict=True):
+            assert got.dtype == dtype and got.is_contiguous()
+            torch.testing.assert_close(got, table, rtol=rounding, atol=rounding)
+    assert rope(positions[:0], torch.float32)[0].shape == (0, 4, 1, dim)
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("config", ROPES, ids=lambda config: config.kind)
+@pytest.mark.parametrize(("dim", "interleaved"), [(64, False), (48, False), (64, True)])
+def test_rotary_tables(config: RopeConfig, dim: int, interleaved: bool) -> None:
+    check_tables(config, dim, interleaved, CPU)
+
+
+@on_the_interpreter
+def test_tables_that_depend_on_the_length_stay_with_torch() -> None:
+    rope = Rope(RopeConfig(10000.0, "dynamic", {"factor": 2.0}, 64), 32)
+    positions = torch.arange(200)
+    expected = rope(positions, torch.float32)
+    fuse(rope)
+    assert all(torch.equal(a, b) for a, b in zip(rope(positions, torch.float32), expected, strict=True))
+
+
 # ---- SiLU-mul ----
 
 GATES = [(1, 8, 16), (5, 56, 48), (17, 72, 40), (64, 130, 64), (70, 64, 33), (0, 64, 32)]  # rows, inner, size

@@ -14,6 +14,7 @@ from speculator.heads.base import DraftHead
 from speculator.heads.exact import ExactPlan, exact_pair
 from speculator.heads.probe import Acceptance, DenseProbe, greedy_text
 from target.attention.dense import attend_causal
+from target.layers import RMSNorm
 from target.model import Hidden
 from target.rope import Rope
 
@@ -182,8 +183,13 @@ def no_final_norm(head: DraftHead) -> None:
     head.norm = None  # type: ignore[assignment]
 
 
+class Unnormed(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def no_hidden_norm(head: DraftHead) -> None:
-    head.layers[0].hidden_norm = torch.nn.Identity()  # type: ignore[index,union-attr]
+    head.layers[0].hidden_norm = Unnormed(1, 0.0)  # type: ignore[index,union-attr]
 
 
 def hidden_first(head: DraftHead) -> None:
