@@ -335,15 +335,23 @@ def test_unlikelihood_falls_on_the_repeated_tokens_only() -> None:
     torch.testing.assert_close(value, -torch.log(1 - p))
 
 
-def test_refinement_imitates_up_to_the_first_fault_but_no_end_and_marks_greedy_faults() -> None:
-    recipe = Refine(1.0, 1, 1, 1, 1, 1, 1, {}, imitate_greedy=False)
-    clean, looping = Written([1, 2], [10, 11, 12, END]), Written([1, 2], [10, 11, 12, 13] * 3)
-    documents: list[Document] = _documents([clean, looping, looping, clean], [0.7, 0.0, 0.7, 0.0], recipe)
+def test_refinement_imitates_clean_answers_and_marks_repeated_ones() -> None:
+    recipe = Refine(1.0, 1, 1, 1, 1, 1, 1, {})
+    prompt = [1, ASSISTANT]
+    clean, looping = Written(prompt, [10, 11, 12, END]), Written(prompt, [10, 11, 12, 13] * 3)
+    documents: list[Document] = _documents([clean, looping, looping], [0.7, 0.0, 0.7], recipe)
     assert [d.marks.tolist() for d in documents] == [
-        [SKIP] * 2 + [ANSWER] * 3 + [SKIP],
+        [SKIP] * 2 + [ANSWER] * 4,
         [SKIP] * 2 + [SKIP] * 7 + [REPEATED] * 5,
-        [SKIP] * 2 + [ANSWER] * 7 + [SKIP] * 5,
     ]
+
+
+@pytest.mark.parametrize(("mean", "kept"), [(0, [9, 6, 3, 2, 2]), (6, [9, 6, 3]), (8, [9]), (20, [9])])
+def test_the_shortest_clean_answers_are_not_imitated(mean: float, kept: list[int]) -> None:
+    recipe = Refine(1.0, 1, 1, 1, 1, 1, 1, {}, imitated_tokens=mean)
+    answers = [Written([1, ASSISTANT], [*range(10, 9 + length), END]) for length in (3, 2, 9, 6, 2)]
+    documents = _documents(answers, [0.7] * 5, recipe)
+    assert [int((d.marks == ANSWER).sum()) for d in documents] == kept
 
 
 def test_answers_survive_saving(tmp_path: Path) -> None:
