@@ -56,10 +56,10 @@ class Tokens:
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Turns away calls without a known token, health checks excepted."""
+    """Turns away calls without a known token, health checks excepted; `refused` hears of the methods that exist."""
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tokens, refused: Callable[[Handler, str], None] = lambda handler, method: None) -> None:
+        self._tokens, self._refused = tokens, refused
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -68,6 +68,9 @@ class Guard(grpc.aio.ServerInterceptor):
         exempt = details.method.startswith(EXEMPT)
         if exempt or self._tokens.identity(details.invocation_metadata or ()) is not None:
             return await continuation(details)
+        wanted = await continuation(details)
+        if wanted is not None:
+            self._refused(wanted, details.method)
         return grpc.stream_stream_rpc_method_handler(_refuse)
 
 

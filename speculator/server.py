@@ -251,15 +251,21 @@ class Edge(grpc.aio.ServerInterceptor):
             self._wrapped[method] = self._wrap(handler, method)
         return self._wrapped[method]
 
+    def refused(self, handler: Handler, method: str) -> None:
+        """A call ended before it came here, for want of a token."""
+        if method.split("/")[1] in SERVICES:
+            with self._metrics.call(_kind(handler), method) as seen:
+                seen.code = grpc.StatusCode.UNAUTHENTICATED.name
+
     def _wrap(self, handler: Handler, method: str) -> Handler:
-        parse, serialize = _forgiving(handler.request_deserializer), handler.response_serializer
+        parse, serialize, kind = _forgiving(handler.request_deserializer), handler.response_serializer, _kind(handler)
         if handler.unary_unary is not None:
-            inner = self._guarded(handler.unary_unary, "unary", method)
+            inner = self._guarded(handler.unary_unary, kind, method)
             return grpc.unary_unary_rpc_method_handler(inner, parse, serialize)
         if handler.unary_stream is not None:
-            inner = self._guarded(handler.unary_stream, "server_stream", method)
+            inner = self._guarded(handler.unary_stream, kind, method)
             return grpc.unary_stream_rpc_method_handler(inner, parse, serialize)
-        inner = self._guarded(handler.stream_stream, "bidi_stream", method)
+        inner = self._guarded(handler.stream_stream, kind, method)
         return grpc.stream_stream_rpc_method_handler(inner, parse, serialize)
 
     def _guarded(self, behaviour: Any, kind: str, method: str) -> Callable[[Any, Context], Awaitable[Any]]:
@@ -272,6 +278,13 @@ class Edge(grpc.aio.ServerInterceptor):
                     await abort(context, error)
 
         return call
+
+
+def _kind(handler: Handler) -> str:
+    """As gRPC dashboards call it."""
+    if handler.unary_unary is not None:
+        return "unary"
+    return "server_stream" if handler.unary_stream is not None else "bidi_stream"
 
 
 async def _checked(behaviour: Any, request: Any, context: Context, seen: Call) -> Any:
@@ -356,8 +369,8 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     def _build(self) -> grpc.aio.Server:
-        guard = [] if self._tokens is None else [Guard(self._tokens)]
         edge = Edge(CallMetrics(self._registry))
+        guard = [] if self._tokens is None else [Guard(self._tokens, edge.refused)]
         server = grpc.aio.server(interceptors=[*guard, edge], options=options(self._config))
         drafter_pb2_grpc.add_DrafterServiceServicer_to_server(self._drafter, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, server)

@@ -400,6 +400,20 @@ async def test_calls_need_a_token_and_health_does_not(token_file: str) -> None:
             await s.stub.CreateSession(create(token), metadata=bearer(token))
 
 
+async def test_calls_without_a_token_are_counted(token_file: str) -> None:
+    async with serving(token_file=token_file, metrics_port=free_port()) as s:
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await s.stub.CreateSession(create("a"), metadata=bearer("gamma"))
+        assert await s.stub.Draft(metadata=bearer("gamma")).code() is Code.UNAUTHENTICATED
+        nothing = s.channel.unary_unary("/speculator.v1.DrafterService/Nothing")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await nothing(b"")
+        calls = (await asyncio.to_thread(scrape, s.server.metrics_port))["grpc_server_handled"]
+        refused = {label.split("|")[2]: n for label, n in calls.items() if label.split("|")[1] == "UNAUTHENTICATED"}
+        assert refused == {"CreateSession": 2, "Draft": 1}
+
+
 async def test_sessions_belong_to_their_token(token_file: str) -> None:
     async with serving(token_file=token_file) as s:
         await s.stub.CreateSession(create("a"), metadata=bearer("alpha-secret"))
