@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from graphs.errors import CaptureError
 from graphs.graph import Counts, Releasable, Tally
-from graphs.recorder import Recorder
+from graphs.recorder import Recorder, told_in_words
 from graphs.shape import GraphShape, Ladder, Variant
 
 G = TypeVar("G", bound=Releasable)
@@ -70,12 +70,13 @@ class Lifecycle(ABC, Generic[G]):
         """Run every shape eager, largest first, so that every workspace has its final size before any capture.
 
         With several managers on one device, warm up all before the first is captured. `progress(done, total, shape)` is
-        called before each shape. Without a recorder nothing happens. CaptureError while serving.
+        called before each shape. Without a recorder nothing happens. CaptureError while serving and when memory ends.
         """
         self._only_before_serving("warm-up")
         if self.recorder is not None:
-            for shape in self._each(progress):
-                self._warm(self.recorder, shape)
+            with told_in_words():
+                for shape in self._each(progress):
+                    self._warm(self.recorder, shape)
             self._warmed = True
 
     def capture(self, progress: Progress | None = None) -> None:
@@ -90,12 +91,23 @@ class Lifecycle(ABC, Generic[G]):
             self.warm_up()
         self.release()
         try:
-            self._capture_all(self.recorder, progress)
+            with told_in_words():
+                self._capture_all(self.recorder, progress)
         except BaseException as error:
             self.release()
             self.reason = f"capture failed: {error}"
             raise
         self._ready, self.reason = True, ""
+
+    def withhold(self, reason: str) -> None:
+        """Nothing is captured for now, since what the pass needs is not there yet: a prompt warm-up has no cache, say.
+
+        What is picked runs eager with this reason, counted and logged once. A later capture may do better.
+        """
+        self._only_before_serving("withholding")
+        self.release()
+        if self.wanted:
+            self.reason = reason
 
     def _capture_all(self, recorder: Recorder, progress: Progress | None) -> None:
         for shape in self._each(progress):

@@ -1,14 +1,14 @@
 """How much memory graphs will take, measured before the KV cache is sized, and what the cache may then have.
 
-Owns: readings of device memory, the throw-away estimate, the sizing (a pure function of measured numbers) and whether
-graphs are wanted, captured, usable. Must never know models, caches or recorders; it is given callables and numbers.
+Owns: readings of device memory, the throw-away estimate and the sizing, a pure function of measured numbers. Must never
+know models, caches or recorders; it is given callables and numbers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -233,54 +233,3 @@ def _parts(measured: Measured) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
-
-
-@dataclass(frozen=True)
-class Readiness:
-    """Two facts that are not one: graphs were asked for, and graphs are captured. `reason` says why not."""
-
-    wanted: bool
-    captured: bool = False
-    reason: str = ""
-
-    def usable(self, fits: bool) -> bool:
-        """Whether a batch may be replayed: the wish does not count, only a finished capture that holds the batch."""
-        return self.captured and fits
-
-    def done(self) -> Readiness:
-        """After every shape was captured."""
-        if not self.wanted:
-            raise GraphError("graphs were captured that nobody asked for")
-        return replace(self, captured=True, reason="")
-
-    def without(self, reason: str) -> Readiness:
-        """After a capture that failed, was not possible, or was taken back."""
-        return replace(self, captured=False, reason=reason)
-
-
-class PromptWarmup:
-    """Runs prompt passes before serving; records them only where a KV cache exists.
-
-    Before the cache is sized there is none, and a model whose layers need one cannot be recorded without: such a
-    warm-up measures and never captures, which is said once in the log.
-    """
-
-    def __init__(self, run: Callable[[], None], capture: Callable[[], None]) -> None:
-        self._run, self._capture, self._said = run, capture, False
-
-    def __call__(self, readiness: Readiness, has_cache: bool) -> Readiness:
-        """Run, and capture when that is wanted and possible; returns what is true afterwards."""
-        self._run()
-        if not readiness.wanted:
-            return readiness
-        if not has_cache:
-            return readiness.without(self._no_cache())
-        self._capture()
-        return readiness.done()
-
-    def _no_cache(self) -> str:
-        reason = "the prompt warm-up ran before the KV cache existed"
-        if not self._said:
-            log.info("no graphs yet: %s; they are captured once it does", reason)
-            self._said = True
-        return reason

@@ -36,7 +36,7 @@ _UNFILLED = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty
 _REALLOCATING = {_aten.resize_, _aten.resize_as_, _aten.set_}
 # Calls that reach the data of a CPU tensor without passing the dispatcher.
 _PYTHON_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__, Tensor.cpu}
-_PYTHON_COPIES = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
+_PYTHON_COPIES = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor}
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 
 

@@ -47,8 +47,10 @@ def record_passes(
     engine.passes = passes
     graphs = sum(len(manager.graphs) for manager in passes.managers)
     log.info("%d graphs captured in %.1f s", graphs, passes.capture_seconds)
-    if meter and before:
-        compare(estimate, difference(before, meter()).taken)
+    passes.bytes_expected = estimate.bytes
+    passes.bytes_taken = difference(before, meter()).taken if meter and before else recorder.pool_bytes
+    if meter:
+        compare(estimate, passes.bytes_taken)
 
 
 def record_rounds(

@@ -69,14 +69,15 @@ class Sizes(NamedTuple):
 
     @property
     def rungs(self) -> int:
-        """Row counts that are recorded."""
-        return len(row_ladder(self.rows))
+        """Steps of the longest ladder, of rows or of prompt tokens."""
+        prompts = len(token_ladder(self.prompt_tokens)) if self.prompt_tokens else 0
+        return max(len(row_ladder(self.rows)), prompts)
 
 
 class RecordedPasses:
     """`Passes` that replay. `capture` before serving; without it everything runs eager and says so.
 
-    `rung` records one row count of every pass only, 0 the largest, to see what memory that takes.
+    `rung` records one step of every ladder only, 0 the largest, to see what memory that takes.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class RecordedPasses:
         self.eager, self.recorder, self.sizes, self.device, self._rung = eager, recorder, sizes, device, rung
         self.verifying = self._verify_manager()
         self.capture_seconds = 0.0
+        self.bytes_expected = self.bytes_taken = 0  # by all graphs, as `record_passes` finds
         self.feeding = self._feed_manager()
         self.managers: list[Lifecycle[Any]] = [self.feeding, self.verifying]
         if eager.head is not None:
@@ -95,21 +97,32 @@ class RecordedPasses:
 
     @torch.inference_mode()
     def capture(self, progress: Progress | None = None) -> None:
-        """Warm up and record every shape of every pass; CaptureError says which failed and why.
+        """Warm up and record every shape of every pass; GraphError says why one failed, and then none is replayed.
 
         A hybrid without states captures nothing, and says so once.
         """
         if self.eager.model.config.delta is not None and self.eager.states is None:
-            log.warning("passes run eager: %s", NO_STATES)
+            self._withhold(NO_STATES)
             return
         begin = time.perf_counter()
-        for manager in self.managers:
-            manager.warm_up()
-        for manager in self.managers:
-            manager.capture(_ticks(manager.name, progress))
+        try:
+            for manager in self.managers:
+                manager.warm_up(ticks(manager.name, progress, "warm-up"))
+            for manager in self.managers:
+                manager.capture(ticks(manager.name, progress))
+        except BaseException as error:
+            for manager in self.managers:
+                manager.withhold(f"capture failed: {error}")
+            raise
         self.capture_seconds = round(time.perf_counter() - begin, 2)
         for manager in self.managers:
             manager.serve()
+
+    def _withhold(self, why: str) -> None:
+        if self.verifying.reason != why:
+            log.warning("passes run eager: %s", why)
+        for manager in self.managers:
+            manager.withhold(why)
 
     @property
     def counts(self) -> dict[str, Counts]:
@@ -437,7 +450,8 @@ def _nothing_between(state: AttentionState, step: int) -> None:
     return None
 
 
-def _ticks(name: str, progress: Progress | None) -> Callable[[int, int, GraphShape], None] | None:
+def ticks(name: str, progress: Progress | None, what: str = "graphs") -> Callable[[int, int, GraphShape], None] | None:
+    """What a manager calls before each shape that it warms up or records."""
     if progress is None:
         return None
-    return lambda done, total, shape: progress(f"graphs, {name}", done, total)
+    return lambda done, total, shape: progress(f"{what}, {name}", done, total)

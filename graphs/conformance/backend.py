@@ -45,7 +45,7 @@ class Traits:
     query_lens: tuple[int, ...] = (1, 2, 4)
     page_sizes: tuple[int, ...] = (16,)
     trees: bool = False  # whether batches may have ancestor masks
-    steps_in_graph: bool = True  # whether `refresh` may be recorded between draft steps; else one graph per step
+    steps_in_graph: bool = True  # whether `refresh` may be recorded between draft steps; else one recording a step
     longest: int = 512  # tokens of the longest row to test
     borders: tuple[
         int, ...

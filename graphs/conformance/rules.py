@@ -35,7 +35,8 @@ from graphs.conformance.harness import (
 from graphs.conformance.world import World
 from graphs.errors import GraphError, GraphMismatchError, SharedStorageError
 from graphs.graph import Graph, Prepared, Stage
-from graphs.manager import GraphManager
+from graphs.manager import GraphManager, record_whole
+from graphs.recorder import Recorder, Recording
 from graphs.shape import GraphShape, Ladder
 from graphs.state import AttentionState, AttentionStatePair, fill
 
@@ -244,7 +245,7 @@ def eager_steps_see_each_other(kit: Kit) -> None:
 
 
 def recorded_steps_see_each_other(kit: Kit) -> None:
-    """All draft steps in one recording, lengths and plan refreshed on the device between them."""
+    """All draft steps of a round, lengths and plan refreshed between them: inside the recording where that can be."""
     world, judge = kit.worlds(len(SHORT))
     graph = graph_of(captured_steps(kit, world, first := steps_from(world, SHORT)), first[0])
     batches = steps_from(world, far(world, STEPS * min(kit.traits.query_lens)))
@@ -280,16 +281,52 @@ def step_inputs(world: World, batches: Sequence[Batch]) -> dict[str, Tensor]:
 
 
 def captured_steps(kit: Kit, world: World, batches: Sequence[Batch]) -> GraphManager:
-    """A graph of a whole draft loop, recorded at the lengths of `batches`."""
+    """A graph of a whole draft loop, recorded at the lengths of `batches`; a recording a step where refresh cannot be.
+
+    Either way a replay leaves the state at the last step.
+    """
 
     def factory(shape: GraphShape, stage: Stage) -> Prepared:
         world.fill(batches[0])
         state, inputs = state_of(world, batches[0]), step_inputs(world, batches)
         return Prepared(state, inputs, partial(_draft_loop, world, state, inputs, batches))
 
-    manager = GraphManager("draft loop", kit.recorder(), Ladder([shape_of(batches[0])]), factory)
+    record = record_whole if kit.traits.steps_in_graph else partial(_record_steps, world, batches)
+    manager = GraphManager("draft loop", kit.recorder(), Ladder([shape_of(batches[0])]), factory, record)
     manager.capture()
     return manager
+
+
+def _record_steps(
+    world: World, batches: Sequence[Batch], recorder: Recorder, prepared: Prepared
+) -> tuple[list[list[Tensor]], Recording]:
+    outputs, steps = [], _Steps(world, prepared.state, batches)
+    for step, batch in enumerate(batches):
+        if step:
+            _advance(world, prepared.state, batch)
+        inputs = {name: value[step] for name, value in prepared.inputs.items()}
+        made, recording = recorder.record(partial(layers, world, prepared.state.plan, inputs))
+        outputs.append(made)
+        steps.recordings.append(recording)
+    return outputs, steps
+
+
+class _Steps:
+    """One recording a draft step; what refreshes runs between replays, where it may use the host."""
+
+    def __init__(self, world: World, state: AttentionState, batches: Sequence[Batch]) -> None:
+        self.recordings: list[Recording] = []
+        self._world, self._state, self._batches = world, state, batches
+
+    def replay(self) -> None:
+        for step, (recording, batch) in enumerate(zip(self.recordings, self._batches, strict=True)):
+            if step:
+                _advance(self._world, self._state, batch)
+            recording.replay()
+
+    def release(self) -> None:
+        for recording in self.recordings:
+            recording.release()
 
 
 def _draft_loop(
@@ -304,7 +341,7 @@ def _draft_loop(
 
 
 def _advance(world: World, state: AttentionState, batch: Batch) -> None:
-    """On the device: every row's context grows by the tokens it has just stored."""
+    """Every row's context grows by the tokens it has just stored: on the device, as far as it is up to the kit."""
     counts = state.buffers["counts"]
     state.buffers["context"].add_(counts)
     state.buffers["positions"].add_(counts[:, None])

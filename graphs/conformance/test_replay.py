@@ -81,8 +81,6 @@ def test_padding_rows_change_nothing(kit: Kit) -> None:
 
 def test_drafts_that_stop_and_start_again(kit: Kit) -> None:
     """Depth K, then 0, then K: the passes in between leave nothing behind."""
-    if not kit.traits.steps_in_graph:
-        pytest.skip("the backend's traits say that refresh cannot be recorded: one graph per draft step")
     query_len = kit.traits.query_lens[-1]
     world, judge = kit.worlds(3)
     verify = graph_of(captured(kit, world, first := world.batch(SHORT, query_len)), first)

@@ -48,8 +48,6 @@ def test_r5_eager_steps_see_each_other(kit: Kit) -> None:
 
 
 def test_r5_recorded_steps_see_each_other(kit: Kit) -> None:
-    if not kit.traits.steps_in_graph:
-        pytest.skip("the backend's traits say that refresh cannot be recorded: one graph per draft step")
     rules.recorded_steps_see_each_other(kit)
 
 
@@ -62,8 +60,6 @@ def test_a_broken_twin_is_rejected(kit: Kit, breach: Breach) -> None:
     """If this fails, the check of that rule would pass whatever the backend does."""
     if breach.harmful and kit.device.type != "cpu":
         pytest.skip("on a device this twin reads plans that were never filled, which could end the process")
-    if breach.check is rules.recorded_steps_see_each_other and not kit.traits.steps_in_graph:
-        pytest.skip("the backend's traits say that refresh cannot be recorded")
     if _rejected(kit, breach):
         return
     if breach.unseen:

@@ -1,7 +1,7 @@
 """What recorded passes save and whether they lie: replayed and eager passes side by side, in one run.
 
-Owns: timing passes of one row, the bit-for-bit check of every captured shape, a mixed run with graphs off and on, and
-what capture takes. Must never know how passes are recorded.
+Owns: timing passes of one row, a mixed run with graphs off and on, and what capture takes. Must never know how passes
+are recorded.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from speculator.bench.bitwise import compare
 from speculator.bench.pairs import load_pair
 from speculator.bench.provenance import provenance
 from speculator.bench.synthetic import SHAPES, synthetic_engine
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--context", type=int, default=256, help="tokens before the timed passes")
     p.add_argument("--repeats", type=int, default=50)
     p.add_argument("--memory-share", type=float, default=0.9, help="of the GPU that may be in use")
+    p.add_argument("--kv-tokens", type=int, default=0, help="of the cache, as far as it fits (0: the sessions')")
     p.add_argument("--json", type=Path, help="write the figures here too")
     return p
 
@@ -51,10 +52,11 @@ def main() -> int:
     assert isinstance(passes, RecordedPasses)
     report: dict[str, Any] = {"provenance": provenance(), "start_s": round(time.perf_counter() - begin, 1)}
     report["capture"] = capture_figures(passes)
+    report["memory"] = memory_figures(engine, passes)
     report["one_row"] = one_row(engine, passes, args.context, args.repeats)
     if args.waves:
         report["mixed"] = mixed_figures(engine, passes, args.sessions, args.waves)
-    report["bit_equal"] = bit_equal(passes)
+    report["bit_equal"] = bit_equal(engine, passes)
     text = json.dumps(report, indent=1)
     print(text)
     if args.json:
@@ -63,7 +65,7 @@ def main() -> int:
 
 
 def load(args: argparse.Namespace) -> Engine:
-    more = {"graphs.mode": args.graphs, "engine.memory_share": args.memory_share}
+    more = {"graphs.mode": args.graphs, "engine.memory_share": args.memory_share, "engine.kv_tokens": args.kv_tokens}
     if args.synthetic:
         return synthetic_engine(args.synthetic, args.device, args.sessions, more)
     return load_pair(argparse.Namespace(**vars(args), threads=0), args.sessions, more).engine
@@ -78,6 +80,20 @@ def capture_figures(passes: RecordedPasses) -> dict[str, Any]:
         "state": ready,
         "pool_mib": round(passes.recorder.pool_bytes / 2**20, 1),
     }
+
+
+def memory_figures(engine: Engine, passes: RecordedPasses) -> dict[str, Any]:
+    """What graphs were expected to take and took, and how full the device is beside a cache of this size."""
+    figures: dict[str, Any] = {
+        "graphs_expected_mib": round(passes.bytes_expected / 2**20, 1),
+        "graphs_taken_mib": round(passes.bytes_taken / 2**20, 1),
+        "kv_cache_gib": round(engine.cache.bytes / 2**30, 3),
+        "kv_cache_tokens": engine.info.total_pages * engine.info.page_size,
+    }
+    if engine.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(engine.device)
+        figures["device_in_use"] = round(1 - free / total, 4)
+    return figures
 
 
 # one row
@@ -145,29 +161,10 @@ def synchronize(device: torch.device) -> None:
 # bit for bit
 
 
-def bit_equal(passes: RecordedPasses) -> dict[str, bool]:
-    """Every captured shape of a round, on the values that its buffers hold: a replay against the pass run eager."""
-    managers = [passes.verifying] + ([passes.catching_up, passes.drafting] if passes.eager.head else [])
-    found = {}
-    for manager in managers:
-        same = [_same(passes, manager, graph) for graph in manager.graphs.values()]
-        found[f"{manager.name}, {len(same)} shapes"] = all(same)
-    return found
-
-
-def _same(passes: RecordedPasses, manager: Any, graph: Any) -> bool:
-    replayed = [t.clone() for t in _leaves(_last(graph.replay(graph.decisions)))]
-    return all(torch.equal(a, b) for a, b in zip(replayed, _leaves(passes.twin(manager, graph)), strict=True))
-
-
-def _last(outputs: Any) -> Any:
-    return outputs[-1] if type(outputs) is tuple else outputs
-
-
-def _leaves(nest: Any) -> list[Tensor]:
-    if isinstance(nest, Tensor):
-        return [nest]
-    return [leaf for part in nest for leaf in _leaves(part)] if isinstance(nest, tuple | list) else []
+def bit_equal(engine: Engine, passes: RecordedPasses) -> dict[str, bool]:
+    """Every captured shape on random batches: a replay against the pass run eager."""
+    found = compare(engine, passes)
+    return {f"{name}, {len(shapes)} shapes": all(shapes.values()) for name, shapes in found.items() if shapes}
 
 
 # a mixed run

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from speculator.bench.round_floor import settle
 from speculator.bench.round_forced import Depths, ForcedEager, ForcedPasses
 from speculator.bench.round_ledger import Ledger, profiled
 from speculator.engine import Engine
-from speculator.passes import EagerPasses
+from speculator.passes import EagerPasses, Verified
 from speculator.recorded import RecordedPasses, Sizes
 from speculator.round import Rounds
 from speculator.types import Draft, DraftShape, SamplingParams, Step, StepResult
@@ -29,6 +30,7 @@ WARM = 5
 WRAP = 256
 PROFILED = 5
 MODES = ("off", "split", "round")
+Said = Callable[[Verified], Any]
 
 
 class Played(NamedTuple):
@@ -150,10 +152,10 @@ def _eager_count(engine: Engine) -> int:
 
 
 @torch.inference_mode()
-def time_pass(engine: Engine, queries: int, context: int, repeats: int) -> float:
-    """Median seconds of one target pass with logits over `queries` tokens of one row, recorded on a GPU."""
+def time_pass(engine: Engine, queries: int, context: int, repeats: int, said: Said = attrgetter("logits")) -> float:
+    """Median seconds of a target pass over `queries` tokens of one row and what is `said` of it, recorded on a GPU."""
     batch, passes = _one_row(engine, queries, context), engine.passes
-    return Timer(engine.device).median(lambda: passes.verify(batch).logits, repeats)
+    return Timer(engine.device).median(lambda: said(passes.verify(batch)), repeats)
 
 
 def _one_row(engine: Engine, queries: int, context: int) -> Batch:

@@ -31,6 +31,8 @@ LONG = (
 )
 ALONE = {"test_agreement_gpu": 2, "test_ranks_gpu": 2, "test_memory_gpu": 1}  # devices for themselves
 SPECULATOR = (sys.executable, "-m", "speculator")
+# an 8B-shaped pair on a card that its KV cache fills up to 95 %
+FULL_CARD = "--synthetic llama-8b --sessions 32 --waves 0 --memory-share 0.95 --kv-tokens 1000000000".split()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def jobs(out: Path) -> list[Job]:
         _bench("gqa", 120, *_peer("--flash3", "SPECULATOR_FLASH3"), out=out / "gqa.json"),
         _bench("round", 300, "--graphs", "split", "round", out=out / "round.json"),
         _bench("graphs", 120, out=out / "graphs.json"),
+        _bench("graphs", 200, *FULL_CARD, out=out / "graphs_8b.json"),
         Job("bench_layer", (sys.executable, "-m", "speculator.bench.layer", "--json", str(out / "layer.json")), 90, 1),
         Job("invariant", (*SPECULATOR, "invariant", "--json", str(out / "invariant.json")), 200, 1),
     ]

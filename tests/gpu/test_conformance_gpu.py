@@ -30,6 +30,7 @@ flash3 = pytest.mark.skipif(not os.environ.get("SPECULATOR_FLASH3"), reason="no 
         THEIRS + "Latent",
         THEIRS + "Planless",
         THEIRS + "Eager",
+        THEIRS + "OnTheHost",
         THEIRS + "Declared",
         OURS + "Sdpa",
         OURS + "Mla",

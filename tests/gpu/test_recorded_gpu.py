@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from speculator.recorded import RecordedPasses
+from speculator.bench.bitwise import compare
 from speculator.types import DraftShape, Rule, SamplingParams
 from tests.unit.engines import VOCAB, Driver, tiny_engine
 from tests.unit.test_recorded import CHAIN, PARAMS, PROMPTS, TREE, pair, record, replayed_share, run
@@ -29,84 +28,15 @@ def test_tokens_and_acceptance_are_those_of_eager_passes(kind: str, shape: Draft
     assert not passes.counts["target verify"].eager and not passes.counts["draft decode"].eager
 
 
-def leaves(nest: Any) -> list[Tensor]:
-    if isinstance(nest, Tensor):
-        return [nest]
-    return [t for part in nest for t in leaves(part)] if isinstance(nest, tuple | list) else []
-
-
 @pytest.mark.parametrize("kind, shape", KINDS)
 def test_every_graph_replays_what_running_gives_bit_for_bit(kind: str, shape: DraftShape) -> None:
     """Each captured shape, filled with a batch that uses all of it, at lengths far from those of capture."""
-    target, head = pair(kind, "cuda")
-    engine = tiny_engine(target, head)
+    engine = tiny_engine(*pair(kind, "cuda"))
     passes = record(engine, shape)
-    draw = torch.Generator("cuda").manual_seed(1)
-    seen = 0
-    for manager in (passes.verifying, passes.catching_up, passes.drafting):
-        for graph in manager.graphs.values():
-            fill(passes, graph, draw)
-            kept = [store.clone() for store in passes.eager.attention.cache.groups]
-            with torch.inference_mode():
-                replayed = [t.clone() for t in leaves(last(graph.replay()))]
-            with torch.inference_mode():
-                restore(passes, kept)
-            fresh = leaves(passes.twin(manager, graph))
-            assert replayed and all(torch.equal(a, b) for a, b in zip(replayed, fresh, strict=True)), graph.shape
-            seen += 1
-    assert seen > 10
-
-
-def restore(passes: RecordedPasses, kept: list[Tensor]) -> None:
-    """The cache as it was: a draft of several steps reads what it stores."""
-    for store, before in zip(passes.eager.attention.cache.groups, kept, strict=True):
-        store.copy_(before)
-
-
-def last(outputs: Any) -> Any:
-    """Of a draft, what its last step gave; else all."""
-    return outputs[-1] if type(outputs) is tuple and not hasattr(outputs, "_fields") else outputs
-
-
-def fill(passes: RecordedPasses, graph: Any, draw: torch.Generator) -> None:
-    """A batch in pages of its own, at random lengths of up to 200 tokens, with random numbers in the cache."""
-    cache = passes.eager.attention.cache
-    with torch.inference_mode():
-        for store in cache.groups:
-            store.copy_(torch.randn(store.shape, generator=draw, device="cuda"))
-            store[:, 0] = 0
-        rows, queries = graph.shape.rows, graph.shape.query_len
-        integer = dict(generator=draw, device="cuda")
-        context = torch.randint(20, 200, (rows,), **integer)
-        width = graph.state.buffers["pages"].shape[1]
-        pages = torch.zeros(rows, width, dtype=torch.int64, device="cuda")
-        own = torch.randperm(cache.pages - 1, **integer)[: rows * 70].view(rows, 70) + 1
-        pages[:, :70] = own
-        values = {"context": context, "pages": pages}
-        if "tokens" in graph.state.buffers:
-            steps = torch.arange(queries, device="cuda")
-            values["tokens"] = torch.randint(0, VOCAB, (rows, queries), **integer)
-            values["positions"] = context[:, None] + steps
-            values["counts"] = torch.randint(1, queries + 1, (rows,), **integer)
-        if "ancestors" in graph.state.buffers:
-            chain = (2 ** (steps + 1) - 1) if queries < 63 else torch.ones_like(steps)
-            values["ancestors"] = chain.expand(rows, queries).contiguous()
-        graph.state.refresh(values)
-        for name, buffer in graph.inputs.items():
-            if name in ("following", "positions"):
-                buffer.copy_(torch.randint(0, VOCAB, buffer.shape, **integer))
-            elif name == "seed":
-                buffer.copy_(torch.randint(0, 1 << 40, buffer.shape, **integer))
-            elif name == "top_k":
-                buffer.fill_(20)
-            elif name == "top_p":
-                buffer.fill_(0.9)
-            elif name == "min_p":
-                buffer.fill_(0.01)
-            elif name == "temperature":
-                buffer.fill_(0.8)
-            else:
-                buffer.copy_(torch.randn(buffer.shape, generator=draw, device="cuda"))
+    found = compare(engine, passes)
+    assert [(name, s) for name, shapes in found.items() for s, equal in shapes.items() if not equal] == []
+    assert {m.name: len(m.graphs) for m in passes.managers} == {name: len(shapes) for name, shapes in found.items()}
+    assert sum(map(len, found.values())) > 20
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "mtp"])

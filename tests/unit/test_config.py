@@ -107,6 +107,7 @@ def test_overrides_inside_a_table_add_up() -> None:
         ("model.dtype=int8", 'must be one of "auto", "float32", "bfloat16", "float16", not "int8".'),
         ("draft.depth=17", "draft.depth must be between 0 and 16, not 17."),
         ("draft.nodes=64", "draft.nodes must be between 0 and 63, not 64."),
+        ("graphs.mode=quick", 'graphs.mode must be one of "auto", "off", "split", "piecewise", "round", not "quick".'),
         ("sampling.rule=lucky", 'sampling.rule must be one of "coupled", "rejection", "block", not "lucky".'),
         ("sampling.temperature=hot", 'sampling.temperature must be a number, not "hot".'),
         ("sampling.temperature=nan", "sampling.temperature must be between 0 and 100, not nan."),

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.gpu.everything import Board, Job, jobs
+from tests.gpu.everything import SHARE, Board, Job, jobs
 
 
 def python(name: str, text: str, seconds: int = 20, devices: int = 0) -> Job:
@@ -14,7 +14,7 @@ def python(name: str, text: str, seconds: int = 20, devices: int = 0) -> Job:
 
 
 def board(tmp_path: Path, *waiting: Job, seconds: float = 60, devices: int = 2) -> Board:
-    return Board(waiting, range(devices), tmp_path, time.monotonic() + seconds)
+    return Board(waiting, range(devices), tmp_path, time.monotonic() + seconds, SHARE)
 
 
 def test_each_job_has_its_log_and_failures_count(tmp_path: Path) -> None:
@@ -44,4 +44,5 @@ def test_what_cannot_start_in_time_or_anywhere_is_named(tmp_path: Path) -> None:
 def test_every_gpu_test_file_is_a_job(tmp_path: Path) -> None:
     names = [job.name for job in jobs(tmp_path)]
     assert len(names) == len(set(names))
+    assert {"bench_graphs", "bench_graphs_8b", "bench_mla"} <= set(names)
     assert {path.stem for path in Path(__file__).parents[1].glob("gpu/test_*_gpu.py")} <= set(names)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from graph_toys import Toy, some_rows
 
-from graphs.errors import CaptureError, StateError
+from graphs.errors import CaptureError, CaptureMemoryError, StateError
 from graphs.graph import Prepared
 from graphs.manager import GraphManager
 from graphs.recorder import record_body
@@ -50,6 +50,33 @@ def test_wanted_and_ready_are_two_facts(toy, recorder):
     manager.capture()
     assert manager.ready and manager.reason == ""
     assert manager.pick(1, 3).shape == GraphShape(1, 3)
+
+
+def test_ready_is_set_after_the_last_shape_and_not_before(toy, recorder):
+    seen = []
+    manager = manager_of(toy, recorder)
+    manager.capture(lambda done, total, shape: seen.append((manager.ready, manager.pick(1, 3))))
+    assert seen == [(False, None)] * len(SHAPES) and manager.ready
+
+
+def test_without_a_cache_nothing_is_captured_which_is_said_once(toy, recorder, caplog):
+    manager = manager_of(toy, recorder)
+    manager.warm_up()
+    for _ in range(2):
+        manager.withhold("there is no KV cache yet")
+    assert [manager.pick(1, 3) for _ in range(3)] == [None] * 3
+    assert manager.counts.eager == {"there is no KV cache yet": 3} and caplog.text.count("no KV cache yet") == 1
+    assert manager.wanted and not manager.ready and not manager.graphs and recorder.pool_bytes == 0
+    manager.capture()
+    assert manager.ready and manager.reason == "" and toy.agrees(manager.pick(2, 3), some_rows([4, 30], 3))
+    manager.withhold("the cache is gone")
+    assert not manager.ready and recorder.pool_bytes == 0
+
+
+def test_what_nobody_wants_is_off_whatever_is_missing(toy):
+    manager = manager_of(toy, None)
+    manager.withhold("there is no KV cache yet")
+    assert manager.reason == "graphs are off"
 
 
 def test_without_a_recorder_everything_runs_eager_and_nothing_is_warmed(toy, caplog):
@@ -146,11 +173,22 @@ def test_errors_of_the_pass_itself_come_through(toy, recorder):
     assert not manager.ready and not recorder.recording
 
 
+@pytest.mark.parametrize("verb", ["warm_up", "capture"])
+def test_a_full_device_is_one_sentence_also_before_anything_is_recorded(toy, recorder, verb):
+    def forward(state, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore about it.")
+
+    manager = manager_of(toy, recorder, forward=forward)
+    with pytest.raises(CaptureMemoryError, match=r"^no memory left to run the pass: CUDA .* 2 GiB\.$"):
+        getattr(manager, verb)()
+    assert not manager.ready and not recorder.recording
+
+
 def test_nothing_is_captured_while_serving(toy, recorder):
     manager = manager_of(toy, recorder)
     manager.capture()
     manager.serve()
-    for verb in (manager.capture, manager.warm_up):
+    for verb in (manager.capture, manager.warm_up, lambda: manager.withhold("no cache")):
         with pytest.raises(CaptureError, match="while serving"):
             verb()
     assert manager.ready, "what was captured before still replays"

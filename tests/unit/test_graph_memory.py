@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,8 +17,6 @@ from graphs.memory import (
     CacheSizeError,
     GraphEstimate,
     Measured,
-    PromptWarmup,
-    Readiness,
     Reading,
     compare,
     difference,
@@ -92,6 +89,13 @@ def test_whatever_takes_more_leaves_less(measured: Measured, share: float, each:
 @given(measurements(), shares, page_bytes)
 def test_a_doubtful_measurement_never_gets_a_larger_cache(measured: Measured, share: float, each: int) -> None:
     assert pages(replace(measured, trusted=False), share, each) <= pages(replace(measured, trusted=True), share, each)
+
+
+def test_all_that_was_measured_is_kept_from_the_cache() -> None:
+    plan = size_cache(CARD, 0.95, MIB)
+    margin = 3 * GIB // 50  # of activations and graphs
+    assert plan.reserved == (16 + 2 + 1) * GIB + GIB // 2 + margin
+    assert plan.pages == (75 * GIB - plan.reserved) // MIB  # of 76 GiB that may be used others hold one
 
 
 def test_a_doubtful_measurement_keeps_half_of_what_moves_and_says_why() -> None:
@@ -214,36 +218,3 @@ def test_estimate_and_actual_are_logged_together(caplog: pytest.LogCaptureFixtur
     assert record.levelno == level
     assert f"{actual / MIB:.1f} MiB for 3 shapes, 100.0 MiB were estimated" in record.getMessage()
     assert share == actual / (100 * MIB)
-
-
-def test_wanting_graphs_is_not_having_them() -> None:
-    wanted = Readiness(wanted=True, reason="not captured yet")
-    assert not wanted.usable(fits=True)
-    assert wanted.done().usable(fits=True) and not wanted.done().usable(fits=False)
-    lost = wanted.done().without("out of memory at 32 rows")
-    assert lost.wanted and not lost.usable(fits=True) and lost.reason == "out of memory at 32 rows"
-    with pytest.raises(GraphError, match="nobody asked"):
-        Readiness(wanted=False).done()
-
-
-def counted() -> tuple[list[str], Callable[[], None], Callable[[], None]]:
-    events: list[str] = []
-    return events, lambda: events.append("run"), lambda: events.append("capture")
-
-
-def test_a_prompt_warm_up_without_a_cache_never_captures_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "graphs.memory")
-    events, run, capture = counted()
-    warm_up = PromptWarmup(run, capture)
-    state = warm_up(Readiness(wanted=True), has_cache=False)
-    state = warm_up(state, has_cache=False)
-    assert events == ["run", "run"] and len(caplog.records) == 1
-    assert state.wanted and not state.captured and "before the KV cache" in state.reason
-    assert warm_up(state, has_cache=True).usable(fits=True)
-    assert events == ["run", "run", "run", "capture"]
-
-
-def test_a_prompt_warm_up_captures_only_what_was_asked_for() -> None:
-    events, run, capture = counted()
-    assert not PromptWarmup(run, capture)(Readiness(wanted=False), has_cache=True).captured
-    assert events == ["run"]

@@ -120,6 +120,8 @@ FORBIDDEN = {
     "as_tensor": (lambda: torch.as_tensor([1, 2]), "fresh host data"),
     "new_tensor": (lambda: X.new_tensor([1, 2]), "fresh host data"),
     "from_numpy": (lambda: torch.from_numpy(numpy.zeros(2)), "fresh host data"),
+    "a number": (lambda: torch.tensor(3.0), "fresh host data"),
+    "asarray": (lambda: torch.asarray(3.0), "fresh host data"),
     "a list as index": (lambda: X[[0, 1]], "index given as a list"),
     "resize": (lambda: torch.empty(0).resize_(3), "other memory"),
     "set": (lambda: torch.empty(0).set_(X), "other memory"),

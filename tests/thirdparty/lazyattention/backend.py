@@ -140,6 +140,29 @@ class Eager(Heads):
             old.copy_(getattr(again, name))
 
 
+class OnTheHost(Eager):
+    """Plans from lengths that it reads back: right, but a refresh cannot be recorded."""
+
+    traits = Traits(**{**vars(Heads.traits), "steps_in_graph": False})
+
+    def refresh(self, plan: Plan, batch: Batch) -> None:
+        batch = batch._replace(context=torch.tensor(batch.context.tolist(), device=self.device))
+        super().refresh(plan, batch)
+
+
+class Hopeful(OnTheHost):
+    """Says that its refresh may be recorded, which it may not."""
+
+    traits = Heads.traits
+
+
+class Lagging(OnTheHost):
+    """R5: what was read back when the plan was made serves for ever."""
+
+    def refresh(self, plan: Plan, batch: Batch) -> None:
+        pass
+
+
 class Declared(Heads):
     """Chooses how far to look on the host, in steps of 64 tokens, and says so."""
 
