@@ -1,0 +1,136 @@
+"""What ranks run in the tests of pipelines. Apart from the tests, because each rank imports it anew."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from speculator.errors import SpeculatorError
+from speculator.load import load_engine
+from speculator.ranks.engine import Follower
+from speculator.ranks.stages import LeadStage
+from speculator.ranks.team import Team
+from speculator.types import Draft, DraftShape, Rule, SamplingParams
+from tests.unit.engines import Driver, Sequence_
+from tests.unit.ranks_programs import CHAIN, COUNT, PARAMS, PROMPTS, TREE, config_of
+
+
+def shapes_of(trees: bool) -> list[DraftShape | None]:
+    return [TREE, CHAIN, TREE] if trees else [CHAIN, DraftShape(2), CHAIN]
+
+
+class Noting(Driver):
+    """Notes log-probabilities too."""
+
+    def __init__(self, engine: Any, scatter: int = 0) -> None:
+        super().__init__(engine, scatter)
+        self.logprobs: list[Any] = []
+
+    def _run(self, steps: Any, sessions: Any) -> Any:
+        results = super()._run(steps, sessions)
+        self.logprobs += [r.logprobs for r in results]
+        return results
+
+
+def play(engine: Any, shapes: list[DraftShape | None]) -> list[Any]:
+    """Committed tokens, accepted counts and log-probabilities; sessions end and open again, in scattered pages."""
+    found: list[Any] = []
+    for again in range(2):
+        driver = Noting(engine, scatter=again)
+        sessions = driver.start(PROMPTS, PARAMS, shapes[0])
+        driver.rounds(sessions, COUNT, shapes)
+        found += [[s.produced, s.accepted] for s in sessions] + [[list(p) for p in driver.logprobs]]
+        for s in sessions:
+            engine.close(s.row)
+    return found
+
+
+def on_stage(rank: int, folder: str, sizes: tuple[int, int], sets: dict[str, Any]) -> tuple[Any, Team]:
+    torch.set_num_threads(1)
+    pipeline, tensor = sizes
+    team = Team.build(tensor, torch.device("cpu"), 20.0, lambda why: why, pipeline=pipeline)
+    both = {"parallel.pipeline": pipeline, "parallel.tensor": tensor, **sets}
+    return load_engine(config_of(folder, **both), None, team), team
+
+
+def stage(rank: int, folder: str, sizes: tuple[int, int], trees: bool, sets: dict[str, Any]) -> Any:
+    """Rank 0 serves sessions; what it committed, and how many passes each rank ran as graphs."""
+    engine, team = on_stage(rank, folder, sizes, sets)
+    held = [list(engine.model.span), len(engine.cache.layers), sum(p.numel() for p in engine.model.parameters())]
+    if rank:
+        Follower(engine, team.channel).run()
+        return [held, {name: list(counts) for name, counts in engine.passes_run().items()}]
+    assert isinstance(engine, LeadStage)
+    found = play(engine, shapes_of(trees))
+    engine.end()
+    return [held, {name: list(counts) for name, counts in engine.passes_run().items()}, found]
+
+
+def refused(rank: int, folder: str) -> Any:
+    """The distribution of a drawn draft is gone."""
+    engine, team = on_stage(rank, folder, (2, 1), {})
+    if rank:
+        Follower(engine, team.channel).run()
+        return "followed"
+    driver, said = Driver(engine), list[Any]()
+    [session] = driver.start([PROMPTS[0]], [SamplingParams(temperature=1.0, rule=Rule.REJECTION)], CHAIN)
+    held, session.draft = session.draft, replace(session.draft, draft_id=10**6)
+    try:
+        driver.rounds([session], COUNT, [CHAIN])
+    except SpeculatorError as error:
+        said += [error.reason, error.message]
+    session.draft = held
+    driver.rounds([session], COUNT, [CHAIN])
+    engine.end()
+    return [*said, len(session.produced) >= COUNT]
+
+
+class Turns(Driver):
+    """Keeps up to `most` groups of sessions under way, each launched again when its results are there."""
+
+    def together(self, groups: list[list[Sequence_]], shape: DraftShape, most: int, count: int) -> None:
+        waiting, flights = deque(groups), deque[Any]()
+        while waiting or flights:
+            while waiting and len(flights) < most:
+                group = waiting.popleft()
+                steps = [self._step(s, draft=s.draft or Draft(), root=s.tokens[-1], propose=shape) for s in group]
+                flights.append((group, steps, self.engine.launch(steps)))
+            group, steps, flight = flights.popleft()
+            self._note(steps, group, flight.collect())
+            if any(len(s.produced) < count for s in group):
+                waiting.append(group)
+
+    def _note(self, steps: Any, sessions: Any, results: Any) -> None:
+        for session, result in zip(sessions, results, strict=True):
+            session.cached += len(result.tokens)
+            session.accepted.append(len(result.accepted))
+            session.tokens += result.tokens
+            session.produced += result.tokens
+            session.draft = result.draft
+
+
+def in_turns(rank: int, folder: str) -> Any:
+    """Two groups of sessions with trees, of which one is on the first stage while the other is on the last."""
+    engine, team = on_stage(rank, folder, (2, 1), {})
+    if rank:
+        Follower(engine, team.channel).run()
+        return "followed"
+    driver = Turns(engine)
+    sessions = driver.start(PROMPTS, PARAMS, TREE)
+    driver.together([sessions[:1], sessions[1:]], TREE, 2, COUNT)
+    engine.end()
+    return [[s.produced, s.accepted] for s in sessions]
+
+
+def groups_alone(engine: Any) -> Any:
+    """The same groups, one after the other in one process."""
+    driver = Driver(engine)
+    sessions = driver.start(PROMPTS, PARAMS, TREE)
+    for group in (sessions[:1], sessions[1:]):
+        while any(len(s.produced) < COUNT for s in group):
+            steps = [driver._step(s, draft=s.draft or Draft(), root=s.tokens[-1], propose=TREE) for s in group]
+            driver._run(steps, group)
+    return [[s.produced, s.accepted] for s in sessions]
