@@ -27,7 +27,7 @@ from target.batch import Batch
 
 
 class Move(NamedTuple):
-    """Drafted trees whose accepted paths are yet to be known: the steps `picked` [R], paths of at most `depth` nodes."""
+    """Drafted trees whose accepted paths are yet to be known: steps `picked` [R], paths of `depth` nodes."""
 
     batch: Batch
     picked: Tensor
@@ -71,6 +71,10 @@ class StageEngine(Engine):
         """Wait for what a step came to."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Nobody will ask for steps that are under way: they were for timing."""
+        return None
+
 
 class StageFlight(UnderWay):
     """A launched step of one stage."""
@@ -106,6 +110,9 @@ class EarlyStage(StageEngine):
         flight.queued = time.perf_counter()
         self._flights.append(flight)
         return flight
+
+    def forget(self) -> None:
+        self._flights.clear()
 
     def _feed_on(self, chosen: Sequence[Step]) -> None:
         feeds = [s.feed for s in chosen if s.feed]

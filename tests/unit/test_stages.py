@@ -51,10 +51,11 @@ def test_a_stage_holds_its_layers_alone(pair: Path, tmp_path: Path) -> None:
 
 def test_stages_of_several_ranks(pair: Path, tmp_path: Path) -> None:
     """Sums of two ranks round otherwise than one, so that log-probabilities may differ in their last places."""
-    ranks = values(run_ranks(stage, 4, tmp_path, str(pair), (2, 2), True, {}, limit=60))
+    sets = {"graphs.mode": "split", "graphs.rows": 3, "draft.branching": 2, "draft.nodes": 6}
+    ranks = values(run_ranks(stage, 4, tmp_path, str(pair), (2, 2), True, sets, limit=120))
     whole = alone(str(pair), True)
-    ours, theirs = ([p for part in (parts.pop(7), parts.pop(3)) for step in part for p in step[0]]
-                    for parts in (ranks[0][2], whole))  # fmt: skip
+    both = (ranks[0][2], whole)
+    ours, theirs = ([p for part in (parts.pop(7), parts.pop(3)) for step in part for p in step] for parts in both)
     assert ranks[0][2] == whole
     assert ours == pytest.approx(theirs, abs=1e-4)
 
