@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from speculator.load import load_engine
 from speculator.ranks.engine import Follower
 from speculator.ranks.stages import LeadStage
 from speculator.ranks.team import Team
-from speculator.types import Draft, DraftShape, Rule, SamplingParams
+from speculator.types import Draft, DraftShape, Rule, SamplingParams, Step
 from tests.unit.engines import Driver, Sequence_
 from tests.unit.ranks_programs import CHAIN, COUNT, PARAMS, PROMPTS, TREE, config_of
 
@@ -35,13 +36,31 @@ class Noting(Driver):
         return results
 
 
+def lucky(texts: list[list[int]]) -> Callable[[Sequence_], Draft]:
+    """Trees that hold what comes next, below a wrong token each, so that accepted nodes have to be moved."""
+
+    def draft(s: Sequence_) -> Draft:
+        tokens, parents, above = list[int](), list[int](), -1
+        for token in texts[s.row][len(s.produced) :][:3]:
+            tokens, parents = [*tokens, token ^ 1, token], [*parents, above, above]
+            above = len(tokens) - 1
+        return Draft(tuple(tokens), tuple(parents))
+
+    return draft
+
+
 def play(engine: Any, shapes: list[DraftShape | None]) -> list[Any]:
-    """Committed tokens, accepted counts and log-probabilities; sessions end and open again, in scattered pages."""
+    """Committed tokens, accepted counts and log-probabilities, by the head's drafts and then by ones that are right.
+
+    Sessions end in between and open again, in scattered pages.
+    """
     found: list[Any] = []
+    drafter = None
     for again in range(2):
         driver = Noting(engine, scatter=again)
         sessions = driver.start(PROMPTS, PARAMS, shapes[0])
-        driver.rounds(sessions, COUNT, shapes)
+        driver.rounds(sessions, COUNT, shapes, drafter)
+        drafter = lucky([s.produced for s in sessions])
         found += [[s.produced, s.accepted] for s in sessions] + [[list(p) for p in driver.logprobs]]
         for s in sessions:
             engine.close(s.row)
@@ -91,46 +110,55 @@ def refused(rank: int, folder: str) -> Any:
 class Turns(Driver):
     """Keeps up to `most` groups of sessions under way, each launched again when its results are there."""
 
-    def together(self, groups: list[list[Sequence_]], shape: DraftShape, most: int, count: int) -> None:
+    def together(self, groups: list[list[Sequence_]], drafter: Callable[[Sequence_], Draft], most: int) -> None:
         waiting, flights = deque(groups), deque[Any]()
         while waiting or flights:
             while waiting and len(flights) < most:
                 group = waiting.popleft()
-                steps = [self._step(s, draft=s.draft or Draft(), root=s.tokens[-1], propose=shape) for s in group]
-                flights.append((group, steps, self.engine.launch(steps)))
-            group, steps, flight = flights.popleft()
-            self._note(steps, group, flight.collect())
-            if any(len(s.produced) < count for s in group):
+                flights.append((group, self.engine.launch(self.steps(group, drafter))))
+            group, flight = flights.popleft()
+            self._note(group, flight.collect())
+            if any(len(s.produced) < COUNT for s in group):
                 waiting.append(group)
 
-    def _note(self, steps: Any, sessions: Any, results: Any) -> None:
+    def alone(self, groups: list[list[Sequence_]], drafter: Callable[[Sequence_], Draft]) -> None:
+        """The same, one step after the other."""
+        for group in groups:
+            while any(len(s.produced) < COUNT for s in group):
+                self._note(group, self.engine.step(self.steps(group, drafter)))
+
+    def steps(self, group: list[Sequence_], drafter: Callable[[Sequence_], Draft]) -> list[Step]:
+        return [self._step(s, draft=drafter(s), root=s.tokens[-1], propose=CHAIN) for s in group]
+
+    def _note(self, sessions: Any, results: Any) -> None:
         for session, result in zip(sessions, results, strict=True):
             session.cached += len(result.tokens)
             session.accepted.append(len(result.accepted))
             session.tokens += result.tokens
             session.produced += result.tokens
-            session.draft = result.draft
 
 
-def in_turns(rank: int, folder: str) -> Any:
-    """Two groups of sessions with trees, of which one is on the first stage while the other is on the last."""
+def two_groups(engine: Any, texts: list[list[int]], most: int) -> Any:
+    """Two groups of sessions with trees that are right by `texts`, of which `most` are under way at once."""
+    driver = Turns(engine)
+    sessions = driver.start(PROMPTS, PARAMS, CHAIN)
+    groups = [sessions[:1], sessions[1:]]
+    driver.together(groups, lucky(texts), most) if most else driver.alone(groups, lucky(texts))
+    for s in sessions:
+        engine.close(s.row)
+    return [[s.produced, s.accepted] for s in sessions]
+
+
+def in_turns(rank: int, folder: str, texts: list[list[int]]) -> Any:
+    """One group is on the first stage while the other is on the last."""
     engine, team = on_stage(rank, folder, (2, 1), {})
     if rank:
         Follower(engine, team.channel).run()
         return "followed"
-    driver = Turns(engine)
-    sessions = driver.start(PROMPTS, PARAMS, TREE)
-    driver.together([sessions[:1], sessions[1:]], TREE, 2, COUNT)
+    found = two_groups(engine, texts, 2)
     engine.end()
-    return [[s.produced, s.accepted] for s in sessions]
+    return found
 
 
-def groups_alone(engine: Any) -> Any:
-    """The same groups, one after the other in one process."""
-    driver = Driver(engine)
-    sessions = driver.start(PROMPTS, PARAMS, TREE)
-    for group in (sessions[:1], sessions[1:]):
-        while any(len(s.produced) < COUNT for s in group):
-            steps = [driver._step(s, draft=s.draft or Draft(), root=s.tokens[-1], propose=TREE) for s in group]
-            driver._run(steps, group)
-    return [[s.produced, s.accepted] for s in sessions]
+def groups_alone(engine: Any, texts: list[list[int]]) -> Any:
+    return two_groups(engine, texts, 0)

@@ -29,6 +29,7 @@ def values(endings: list[Any]) -> list[Any]:
 
 def alone(folder: str, trees: bool, **sets: object) -> Any:
     found = play(load_engine(config_of(folder, **sets)), shapes_of(trees))
+    assert max(found[4][1]) == 3, "a path of a tree must have been kept"
     return [[list(part) for part in parts] for parts in found]
 
 
@@ -80,7 +81,7 @@ def test_each_stage_replays_its_own_graphs(trees: bool, pair: Path, tmp_path: Pa
     ranks = values(run_ranks(stage, 2, tmp_path, str(pair), (2, 1), trees, sets, limit=120))
     assert ranks[0][2] == alone(str(pair), trees, **sets)
     for _, passes, *_ in ranks:
-        assert passes["target verify"][0] > 40, passes
+        assert passes["target verify"][0] > 20, passes
     assert set(ranks[0][1]) == {"prompt", "target verify"} and "draft decode" in ranks[1][1]
 
 
@@ -91,6 +92,7 @@ def test_a_step_that_the_last_stage_refuses_leaves_all_able_to_go_on(pair: Path,
 
 def test_steps_of_other_sessions_overtake_nobody(pair: Path, tmp_path: Path) -> None:
     """Two groups of sessions under way at once; what each commits is what it does alone."""
-    first, _ = values(run_ranks(in_turns, 2, tmp_path, str(pair), limit=60))
     engine = load_engine(config_of(str(pair)))
-    assert first == groups_alone(engine)
+    texts = [produced for produced, _ in groups_alone(engine, [[]] * 3)]
+    first, _ = values(run_ranks(in_turns, 2, tmp_path, str(pair), texts, limit=60))
+    assert first == groups_alone(engine, texts) and max(first[1][1]) == 3
