@@ -13,10 +13,12 @@ from torch import Tensor
 
 from graphs.tape import TapeRecorder
 from speculator.errors import DraftNotFoundError, NumericalError
+from speculator.ranks.link import Loopback
 from speculator.ranks.outcome import Layout, failed
 from speculator.recorded import Sizes
 from speculator.results import Committed, collect
-from speculator.staged import StagedPasses, StagedRecorded, staged_passes
+from speculator.sizing import Load, _largest_passes
+from speculator.staged import StagedPasses, StagedRecorded, recorded_passes, staged_passes
 from speculator.types import DraftShape, Step
 from target.batch import Batch, causal_positions
 from target.cache import PagedCache
@@ -194,6 +196,23 @@ def test_a_received_state_is_copied_into_the_recorded_input(tmp_path: Path) -> N
     graph = last.verifying.pick(2, 4, ("chain",))
     assert graph is not None and graph.inputs["above"].shape == (3, 2, 4, 32)  # taps 2 and 3 are of the first stage
     assert graph.recording.touches(graph.inputs["above"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_stage_by_itself_runs_the_passes_that_are_measured(index: int, tmp_path: Path) -> None:
+    """As before the cache is sized: nothing is received or sent."""
+    save_target(tiny_target(3), tmp_path)
+    model = load_target(tmp_path, torch.float32, stage=Stage(index, 3))
+    cache = PagedCache([model.cache_layers], 2, 4, torch.float32)
+    link = Loopback(Stage(index, 3), torch.device("cpu"))
+    passes = staged_passes(link, TAPS, model, None, cache)
+    sizes = Sizes(2, 16, 4, DraftShape(3), prompt_tokens=8)
+    with torch.inference_mode():
+        _largest_passes(passes, Load(sizes, 2, 8, True, False, 0.9), torch.device("cpu"))
+    recorded = recorded_passes(passes, TapeRecorder(), sizes, torch.device("cpu"), 0)
+    recorded.capture()
+    assert isinstance(recorded, StagedRecorded) and recorded.verifying.ready and not recorded.feeding.wanted
+    assert passes.planes == (0, 2, 4)[index]
 
 
 # ---- outcomes

@@ -73,6 +73,9 @@ def test_other_heads_on_the_last_stage(head: str, tmp_path: Path) -> None:
 def test_without_a_head_stages_decode_plainly(pair: Path, tmp_path: Path) -> None:
     ranks = values(run_ranks(stage, 2, tmp_path, str(pair), (2, 1), False, {"head": ""}, limit=60))
     assert ranks[0][2] == alone(str(pair), False, head="")
+    model = load_engine(config_of(str(pair), head="")).model
+    whole, norm = sum(p.numel() for p in model.parameters()), model.norm.weight.numel()
+    assert sum(held[2] for held, *_ in ranks) == whole + norm, "only a head wants the embedding on the last stage"
 
 
 @pytest.mark.parametrize("trees", [False, True])
