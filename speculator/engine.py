@@ -86,6 +86,10 @@ class Engine:
         self.rows.close(row)
         self.recurrent.clear(row)
 
+    def finish(self) -> None:
+        """No step follows: whatever other ranks still wait for has arrived when this returns."""
+        return None
+
     @property
     def launches(self) -> bool:
         """Whether `launch` may take a step."""

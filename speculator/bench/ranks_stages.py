@@ -1,4 +1,4 @@
-"""`speculator bench ranks --pipeline M`: each stage's part of a step by itself, and steps with 1 and M batches under way.
+"""`speculator bench ranks --pipeline M`: each stage's part of a step alone, and steps with 1 and M batches under way.
 
 Owns: what is timed on which rank. Weights are random and acceptance is not forced: a step verifies and drafts what it
 would anyway. With M batches under way a step should take as long as the slowest stage's part of it.

@@ -144,6 +144,7 @@ class Follower:
                 self._change(change)
             self._check(order)
             if order.kind is Kind.END:
+                self._engine.finish()
                 return
             self._do(order)
 

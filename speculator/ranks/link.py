@@ -37,6 +37,9 @@ class Link(Protocol):
     def drain(self) -> None:
         """Wait until everything sent may be written over."""
 
+    def finish(self) -> None:
+        """Wait until everything sent has arrived, before this process may end."""
+
     def answer(self, outcome: Tensor) -> None:
         """On the last stage: tell all others, in the order of steps."""
 
@@ -80,6 +83,12 @@ class RankLink:
     def drain(self) -> None:
         _drain(self._sent, 0)
 
+    def finish(self) -> None:
+        self.drain()
+        _drain(self._answers, 0)
+        if self._device.type == "cuda":  # where waiting for a send only queues what follows behind it
+            torch.cuda.synchronize(self._device)
+
     def answer(self, outcome: Tensor) -> None:
         _drain(self._answers, MOST_ANSWERS)
         for peer in range(self.stage.size - 1):
@@ -115,6 +124,9 @@ class Loopback:
         return None
 
     def drain(self) -> None:
+        return None
+
+    def finish(self) -> None:
         return None
 
     def answer(self, outcome: Tensor) -> None:

@@ -71,6 +71,9 @@ class StageEngine(Engine):
         """Wait for what a step came to."""
         raise NotImplementedError
 
+    def finish(self) -> None:
+        self.link.finish()
+
     def forget(self) -> None:
         """Nobody will ask for steps that are under way: they were for timing."""
         return None
@@ -110,6 +113,12 @@ class EarlyStage(StageEngine):
         flight.queued = time.perf_counter()
         self._flights.append(flight)
         return flight
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        while self._flights:
+            self._hear(self._flights.popleft())
+        super().finish()
 
     def forget(self) -> None:
         self._flights.clear()
@@ -165,3 +174,9 @@ class LastStage(StageEngine):
 
 class LeadStage(LeadEngine, EarlyStage):
     """The first stage on rank 0, which tells the other ranks of every step."""
+
+    def end(self) -> None:
+        if not self._ended:
+            with self._alone():
+                self.finish()
+        super().end()

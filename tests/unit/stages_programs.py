@@ -149,9 +149,9 @@ def two_groups(engine: Any, texts: list[list[int]], most: int) -> Any:
     return [[s.produced, s.accepted] for s in sessions]
 
 
-def in_turns(rank: int, folder: str, texts: list[list[int]]) -> Any:
-    """One group is on the first stage while the other is on the last."""
-    engine, team = on_stage(rank, folder, (2, 1), {})
+def in_turns(rank: int, folder: str, sizes: tuple[int, int], texts: list[list[int]]) -> Any:
+    """One group is on the first stage while the other is on a later one."""
+    engine, team = on_stage(rank, folder, sizes, {})
     if rank:
         Follower(engine, team.channel).run()
         return "followed"
@@ -162,3 +162,16 @@ def in_turns(rank: int, folder: str, texts: list[list[int]]) -> Any:
 
 def groups_alone(engine: Any, texts: list[list[int]]) -> Any:
     return two_groups(engine, texts, 0)
+
+
+def left_behind(rank: int, folder: str) -> Any:
+    """Rank 0 ends while a step is under way whose results it never asked for."""
+    engine, team = on_stage(rank, folder, (2, 2), {})
+    if rank:
+        Follower(engine, team.channel).run()
+        return "followed"
+    driver = Turns(engine)
+    sessions = driver.start(PROMPTS, PARAMS, CHAIN)
+    engine.launch(driver.steps(sessions, lucky([[1, 2, 3]] * 3)))
+    engine.end()
+    return "ended"

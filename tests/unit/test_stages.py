@@ -11,7 +11,7 @@ from speculator.load import load_engine
 from tests.e2e.tiny_pair import make_eagle_pair, make_mtp_pair, make_pair
 from tests.unit.ranks import run_ranks
 from tests.unit.ranks_programs import config_of
-from tests.unit.stages_programs import groups_alone, in_turns, play, refused, shapes_of, stage
+from tests.unit.stages_programs import groups_alone, in_turns, left_behind, play, refused, shapes_of, stage
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,15 @@ def test_a_step_that_the_last_stage_refuses_leaves_all_able_to_go_on(pair: Path,
     assert first == ["DRAFT_NOT_FOUND", "the distribution of draft 1000000 is no longer held; propose again", True]
 
 
-def test_steps_of_other_sessions_overtake_nobody(pair: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [(2, 1), (3, 1), (2, 2)])
+def test_steps_of_other_sessions_overtake_nobody(sizes: tuple[int, int], pair: Path, tmp_path: Path) -> None:
     """Two groups of sessions under way at once; what each commits is what it does alone."""
     engine = load_engine(config_of(str(pair)))
     texts = [produced for produced, _ in groups_alone(engine, [[]] * 3)]
-    first, _ = values(run_ranks(in_turns, 2, tmp_path, str(pair), texts, limit=60))
+    first, *_ = values(run_ranks(in_turns, sizes[0] * sizes[1], tmp_path, str(pair), sizes, texts, limit=60))
     assert first == groups_alone(engine, texts) and max(first[1][1]) == 3
+
+
+def test_a_step_left_under_way_holds_nobody_up(pair: Path, tmp_path: Path) -> None:
+    ranks = values(run_ranks(left_behind, 4, tmp_path, str(pair), limit=60))
+    assert ranks == ["ended", *["followed"] * 3]
