@@ -108,6 +108,7 @@ def build_engine(
     pages = sized.plan.pages if sized else _cpu_pages(config, target, head)
     pages = team.smallest(pages, "pages of the KV cache") if team else pages
     info = engine_info(config, target, head.record if head else record, pages)
+    info = replace(info, pipeline_parallel=team.stage.size if team else 1)
     dtype = next(target.parameters()).dtype
     cache = PagedCache(cache_groups(target, head), info.total_pages, info.page_size, dtype, device)
     log.info("KV cache: %d pages of %d tokens, %.1f MiB", cache.pages, cache.page_size, cache.bytes / 2**20)
@@ -340,7 +341,6 @@ def engine_info(config: Config, target: Decoder, head: HeadRecord | None, pages:
         default_shape=config.draft.shape,
         default_rule=config.sampling.rule,
         tensor_parallel=config.parallel.tensor,
-        pipeline_parallel=config.parallel.pipeline,
     )
     return replace(info, max_branching=1) if target.state_layers else info
 
