@@ -15,8 +15,9 @@ from graphs.tape import TapeRecorder
 from speculator.engine import Engine
 from speculator.passes import EagerPasses
 from speculator.ranks.team import Team
-from speculator.recorded import RecordedPasses, Sizes
+from speculator.recorded import Sizes
 from speculator.round import Rounds
+from speculator.staged import recorded_passes
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # what is recorded, shapes done, shapes in all
@@ -38,7 +39,7 @@ def record_passes(
     cuda = engine.device.type == "cuda"
     recorder: Recorder = CudaRecorder(engine.device) if cuda else TapeRecorder()
     meter = cuda_meter(engine.device) if cuda else None
-    passes = RecordedPasses(engine.passes, recorder, sizes, engine.device)
+    passes = recorded_passes(engine.passes, recorder, sizes, engine.device)
     before = meter() if meter else None
     if why := _captured(passes.capture, progress, team):
         log.error("passes run eager, graphs could not be captured: %s", why)

@@ -79,16 +79,17 @@ class ParallelConfig:
     """How many ranks share the target. Without ranks started from outside (torchrun), `serve` starts them itself."""
 
     tensor: int = 1  # ranks that divide heads, inner columns and the vocabulary of each layer
+    pipeline: int = 1  # stages that divide the layers, each of so many ranks; the last one has the draft head
     head: Literal["replicate", "shard"] = "replicate"  # the draft head whole on every rank, or divided as the target is
     silent_s: float = 10.0  # a rank without any sign of life for so long ends all
     stalled_s: float = 120.0  # and one that is busy with the same thing for so long
 
     def __post_init__(self) -> None:
-        _within(self, "parallel", tensor=(1, 1024), silent_s=(1, 3600), stalled_s=(1, 86400))
+        _within(self, "parallel", tensor=(1, 1024), pipeline=(1, 1024), silent_s=(1, 3600), stalled_s=(1, 86400))
 
     @property
     def ranks(self) -> int:
-        return self.tensor
+        return self.tensor * self.pipeline
 
 
 @dataclass(frozen=True, slots=True)

@@ -256,7 +256,7 @@ class DrafterCore:
             raise
         self._in_flight += 1
         job.queued = time.monotonic()
-        self._worker.post(self._worker.scheduler.submit, job)
+        self._worker.submit(job)
 
     def _admit(self, job: Job) -> None:
         if self._refuses is not None or (self.draining and job.spec is not None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ from target.decoder import Decoder
 from target.states import StateCache
 
 CatchUp = Callable[[Batch, Tensor, Tensor], Tensor]
+
+
+class Decided(NamedTuple):
+    """What the passes of a step came to, still on the device, and the seconds that queueing them took."""
+
+    committed: list[Committed]
+    drafted: list[drafting.Drafted]
+    times: StepTimes
 
 
 class Engine:
@@ -77,6 +86,15 @@ class Engine:
         self.rows.close(row)
         self.recurrent.clear(row)
 
+    def finish(self) -> None:
+        """No step follows: whatever other ranks still wait for has arrived when this returns."""
+        return None
+
+    @property
+    def launches(self) -> bool:
+        """Whether `launch` may take a step."""
+        return self.rounds is not None
+
     def passes_run(self) -> dict[str, tuple[int, int]]:
         """By pass: how many were replayed, how many ran eager that could have been; empty where nothing is recorded."""
         return self.passes.tally() | (self.rounds.tally() if self.rounds else {})
@@ -111,7 +129,19 @@ class Engine:
         self.recurrent.begin(steps)
         flight = self.rounds.launch(steps, self._next_draft) if self.rounds else None
         launched = time.perf_counter() - start
-        rest = self._by_passes(steps, flight)
+        decided = self._decide(steps, self._by_passes(steps, flight))
+        results = collect(steps, decided.committed, decided.drafted, flight)
+        if flight:
+            self.landed(flight)
+        self.recurrent.commit(steps, results)
+        times, end = decided.times, time.perf_counter()
+        draft = times.draft + end - start - launched - sum(times)
+        self.times = StepTimes(times.feed, times.verify + launched, draft)
+        return results
+
+    def _decide(self, steps: Sequence[Step], rest: Sequence[int]) -> Decided:
+        """Queue the work of the steps `rest`, pass by pass."""
+        start = time.perf_counter()
         feeds = [i for i in rest if steps[i].feed]
         rounds = [i for i in rest if steps[i].draft is not None]
         committed = [self._feed(steps, feeds)] if feeds else []
@@ -119,12 +149,7 @@ class Engine:
         committed += [self._verify(steps, rounds)] if rounds else []
         verified = time.perf_counter()
         drafted = [self._propose(steps, group) for group in self._groups(steps, rest)]
-        results = collect(steps, committed, drafted, flight)
-        if flight:
-            self.landed(flight)
-        self.recurrent.commit(steps, results)
-        self.times = StepTimes(fed - start - launched, verified - fed + launched, time.perf_counter() - verified)
-        return results
+        return Decided(committed, drafted, StepTimes(fed - start, verified - fed, time.perf_counter() - verified))
 
     def _by_passes(self, steps: Sequence[Step], flight: Flight | None) -> list[int]:
         """The steps that no recorded round took, their rows set to where they stand."""

@@ -22,21 +22,31 @@ from speculator.config import Config
 from speculator.engine import Engine
 from speculator.errors import CheckpointError, ConfigError
 from speculator.heads.base import DraftHead
+from speculator.heads.formats import read_head
 from speculator.heads.load import load_head
+from speculator.heads.reading import TargetFacts
+from speculator.heads.record import HeadRecord
+from speculator.passes import EagerPasses, eager_passes
 from speculator.ranks.engine import LeadEngine
+from speculator.ranks.link import Loopback
+from speculator.ranks.stages import EarlyStage, LastStage, LeadStage
 from speculator.ranks.team import Team
 from speculator.recorded import Sizes
 from speculator.recurrent import state_bytes, state_cache
 from speculator.sampling import gumbel_of
-from speculator.sizing import Load, Sized, cache_groups, measure
+from speculator.sizing import Load, MakePasses, Sized, cache_groups, measure
+from speculator.staged import staged_passes
 from speculator.types import EngineInfo
 from target.cache import PagedCache, bytes_per_token
+from target.config import load_config
 from target.decoder import Decoder
 from target.errors import CheckpointError as TargetCheckpointError
 from target.errors import PlanError
 from target.fused import fuse_where_possible
 from target.load import load_target as read_target
+from target.model import Target
 from target.parallel import ALONE, Axis, ParallelDecoder
+from target.pipeline import WHOLE, Stage
 from target.readout import choose_readers
 from target.states import StateCache
 
@@ -56,20 +66,32 @@ def load_engine(config: Config, progress: Progress | None = None, team: Team | N
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
 
-    def build() -> tuple[Decoder, DraftHead | None]:
-        target = load_target(config, device, progress, team.mesh.tensor if team else ALONE)
-        return target, _load_head(config, target, device, progress)
+    stage = team.stage if team else WHOLE
+    record = head_record(config) if stage.size > 1 else None
 
-    return build_engine(config, device, build, progress, team)
+    def build() -> tuple[Decoder, DraftHead | None]:
+        embeds = stage.last and record is not None and not record.own_embed
+        target = load_target(config, device, progress, team.mesh.tensor if team else ALONE, stage, embeds)
+        return target, _load_head(config, target, device, progress) if stage.last else None
+
+    return build_engine(config, device, build, progress, team, record)
 
 
 Build = Callable[[], tuple[Decoder, DraftHead | None]]
 
 
 def build_engine(
-    config: Config, device: torch.device, build: Build, progress: Progress | None = None, team: Team | None = None
+    config: Config,
+    device: torch.device,
+    build: Build,
+    progress: Progress | None = None,
+    team: Team | None = None,
+    record: HeadRecord | None = None,
 ) -> Engine:
-    """An engine around the models that `build` puts on the device: cache sized, passes recorded."""
+    """An engine around the models that `build` puts on the device: cache sized, passes recorded.
+
+    On a stage of a pipeline `record` is that of the head, which the last one has.
+    """
     config = with_page_size(config, device)
     before = cuda_meter(device)() if device.type == "cuda" else None
     target, head = build()
@@ -81,13 +103,19 @@ def build_engine(
         raise ConfigError(f"draft.branching {config.draft.branching}: {TREES_REFUSED}; set draft.branching to 1")
     states = _states(config, target)
     mode, sizes = graph_mode(config, device), graph_sizes(config, target)
-    sized = _measured(target, head, _load(config, target, sizes, mode), before, states) if before else None
+    passes = _passes_for(team, record)
+    sized = _measured(target, head, _load(config, target, sizes, mode), before, states, passes) if before else None
     pages = sized.plan.pages if sized else _cpu_pages(config, target, head)
-    info = engine_info(config, target, head, team.smallest(pages, "pages of the KV cache") if team else pages)
+    pages = team.smallest(pages, "pages of the KV cache") if team else pages
+    info = engine_info(config, target, head.record if head else record, pages)
+    info = replace(info, pipeline_parallel=team.stage.size if team else 1)
     dtype = next(target.parameters()).dtype
     cache = PagedCache(cache_groups(target, head), info.total_pages, info.page_size, dtype, device)
     log.info("KV cache: %d pages of %d tokens, %.1f MiB", cache.pages, cache.page_size, cache.bytes / 2**20)
-    engine = _engine(info, target, head, cache, states, team)
+    if team is not None and team.link is not None:
+        engine: Engine = _stage_engine(info, target, head, cache, team, record)
+    else:
+        engine = _engine(info, target, head, cache, states, team)
     if mode != "off":
         depths = config.graphs.round_depths if mode == "round" else None
         record_passes(engine, sizes, sized.graphs if sized else NO_GRAPHS, progress, depths, team)
@@ -119,10 +147,15 @@ def _states(config: Config, target: Decoder) -> StateCache | None:
 
 
 def _measured(
-    target: Decoder, head: DraftHead | None, load: Load, before: Reading, states: StateCache | None = None
+    target: Decoder,
+    head: DraftHead | None,
+    load: Load,
+    before: Reading,
+    states: StateCache | None = None,
+    passes: MakePasses = eager_passes,
 ) -> Sized:
     try:
-        return measure(target, head, load, before, states)
+        return measure(target, head, load, before, states, passes)
     except (CacheSizeError, PlanError) as error:
         raise ConfigError(str(error)) from None
 
@@ -143,6 +176,60 @@ def _engine(
         raise ConfigError(str(error)) from None
 
 
+def _stage_engine(
+    info: EngineInfo,
+    target: Decoder,
+    head: DraftHead | None,
+    cache: PagedCache,
+    team: Team,
+    record: HeadRecord | None,
+) -> Engine:
+    assert team.link is not None
+    try:
+        passes = staged_passes(team.link, _taps(record), target, head, cache)
+    except PlanError as error:  # an attention backend that cannot run here
+        raise ConfigError(str(error)) from None
+    parts = (team.link, info, target, head, cache, passes)
+    if team.rank == 0:
+        return LeadStage(team.channel, team.lost, team.pulse, *parts)
+    return (LastStage if team.stage.last else EarlyStage)(*parts)
+
+
+def _taps(record: HeadRecord | None) -> tuple[int, ...]:
+    return record.boundaries if record else ()
+
+
+def _passes_for(team: Team | None, record: HeadRecord | None) -> MakePasses:
+    """How the passes of this rank are made to be measured: a stage by itself."""
+    if team is None or team.link is None:
+        return eager_passes
+    alone = Loopback(team.stage, team.device)
+
+    def staged(target: Target, head: DraftHead | None, cache: PagedCache, states: object = None) -> EagerPasses:
+        assert isinstance(target, Decoder)
+        return staged_passes(alone, _taps(record), target, head, cache)
+
+    return staged
+
+
+def check_graphs(config: Config) -> None:
+    """ConfigError for graphs that stages of a pipeline cannot have."""
+    if config.graphs.mode in ("piecewise", "round"):
+        text = f"graphs.mode {config.graphs.mode} records what no stage of a pipeline has to itself"
+        raise ConfigError(f'{text}: set it to "split", which records each stage\'s passes of a round')
+
+
+def head_record(config: Config) -> HeadRecord | None:
+    """What the head is, read before any weights are kept; None without one. CheckpointError where it does not fit."""
+    if not config.model.head:
+        return None
+    try:
+        facts = TargetFacts.of(load_config(Path(config.model.target)))
+    except TargetCheckpointError as error:
+        raise CheckpointError(str(error)) from None
+    return read_head(_head_folder(config), facts, config.model.head_overrides).record
+
+
 def with_page_size(config: Config, device: torch.device) -> Config:
     """The configuration with the page size that suits the device where none is given."""
     size = config.engine.page_size or (64 if device.type == "cuda" else 16)
@@ -156,7 +243,8 @@ def graph_mode(config: Config, device: torch.device) -> str:
     """
     if config.graphs.mode != "auto":
         return config.graphs.mode
-    return "piecewise" if device.type == "cuda" else "off"
+    best = "piecewise" if config.parallel.pipeline == 1 else "split"
+    return best if device.type == "cuda" else "off"
 
 
 def graph_sizes(config: Config, target: Decoder) -> Sizes:
@@ -188,7 +276,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_target(config: Config, device: torch.device, progress: Progress | None = None, axis: Axis = ALONE) -> Decoder:
+def load_target(
+    config: Config,
+    device: torch.device,
+    progress: Progress | None = None,
+    axis: Axis = ALONE,
+    stage: Stage = WHOLE,
+    embeds: bool = False,
+) -> Decoder:
     """The target in the dtype that `model.dtype` names; `auto` is float32 on a CPU, as stored on a GPU."""
     if not config.model.target:
         raise ConfigError("model.target is empty: name the folder of the target model")
@@ -196,7 +291,7 @@ def load_target(config: Config, device: torch.device, progress: Progress | None 
     try:
         dtype = _dtype(config.model.dtype, folder, device)
         tick = (lambda done, total: progress("target", done, total)) if progress else None
-        return read_target(folder, dtype, device, tick, axis)
+        return read_target(folder, dtype, device, tick, axis, stage, embeds)
     except TargetCheckpointError as error:
         raise CheckpointError(str(error)) from None
     except PlanError as error:  # ranks that do not divide it
@@ -204,8 +299,6 @@ def load_target(config: Config, device: torch.device, progress: Progress | None 
 
 
 def _dtype(name: str, folder: Path, device: torch.device) -> torch.dtype:
-    from target.config import load_config
-
     if name == "auto":
         name = "float32" if device.type == "cpu" else load_config(folder).dtype
     dtype: torch.dtype = getattr(torch, name)
@@ -226,7 +319,7 @@ def _head_folder(config: Config) -> Path:
     return Path(config.model.target if config.model.head == "mtp" else config.model.head)
 
 
-def engine_info(config: Config, target: Decoder, head: DraftHead | None, pages: int) -> EngineInfo:
+def engine_info(config: Config, target: Decoder, head: HeadRecord | None, pages: int) -> EngineInfo:
     """Limits and names of the engine about to be built; `pages` is what memory allows."""
     context = config.engine.max_context or target.config.max_position
     page = config.engine.page_size
@@ -236,7 +329,7 @@ def engine_info(config: Config, target: Decoder, head: DraftHead | None, pages: 
     info = EngineInfo(
         target_model=config.model.served_name or Path(config.model.target).resolve().name,
         draft_model=_head_folder(config).resolve().name if head else "",
-        draft_method=head.record.kind if head else "none",
+        draft_method=head.kind if head else "none",
         vocab_size=target.config.vocab_size,
         eos_token_ids=target.config.eos_token_ids,
         max_context=context,

@@ -217,10 +217,12 @@ class RecordedPasses:
         if not sizes.shape.is_chain:
             shapes += self._ladder(sizes.shape.nodes + 1, TREE)
         build = partial(self._state, self.eager.attention)
-        inputs = _no_inputs if self.eager.states is None else self._slots
-        return TargetVerifyGraphManager(self.recorder, Ladder(shapes), self._verify_body, build, inputs)
+        return TargetVerifyGraphManager(self.recorder, Ladder(shapes), self._verify_body, build, self._verify_inputs)
 
-    def _slots(self, shape: GraphShape) -> Buffers:
+    def _verify_inputs(self, shape: GraphShape) -> Buffers:
+        """Where the states of a hybrid's rows lie."""
+        if self.eager.states is None:
+            return {}
         return {"slots": torch.zeros(shape.rows, dtype=torch.int64, device=self.device)}
 
     def _verify_body(self, state: AttentionState, inputs: Buffers) -> tuple[Hidden, Kept]:
@@ -440,10 +442,6 @@ def _unflat(flat: Tensor, batch: Batch) -> Tensor:
     """[1, N, W] of a bucket -> [R, T, W] of the batch at its beginning."""
     rows, length = batch.tokens.shape
     return flat[0, : rows * length].view(rows, length, -1)
-
-
-def _no_inputs(shape: GraphShape) -> Buffers:
-    return {}
 
 
 def _nothing_between(state: AttentionState, step: int) -> None:

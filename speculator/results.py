@@ -16,6 +16,8 @@ from speculator.errors import NumericalError
 from speculator.round_result import Flight
 from speculator.types import Draft, Step, StepResult
 
+NOT_FINITE = "the target produced NaN or infinite values; nothing was committed"
+
 
 class Committed(NamedTuple):
     """What one part of a step decided, still on the device."""
@@ -56,7 +58,7 @@ def _commit(
     results: list[StepResult], steps: Sequence[int], tokens: Any, kept: Any, path: Any, logprobs: Any, finite: Any
 ) -> None:
     if not all(finite):
-        raise NumericalError("the target produced NaN or infinite values; nothing was committed")
+        raise NumericalError(NOT_FINITE)
     for row, i in enumerate(steps):
         n = kept[row]
         nodes = tuple(node - 1 for node in path[row][1:n])

@@ -59,13 +59,18 @@ def keep_path(cache: PagedCache, batch: Batch, verdict: Verdict, features: Tenso
     """
     tokens = verdict.tokens.clamp(min=0)
     if batch.ancestors is not None:
-        slots = batch.slots(cache.page_size, cache.pad_slot)
-        source, destination = compaction(verdict.path, verdict.kept, verdict.kept.new_zeros(verdict.kept.shape))
-        cache.move(slots.gather(1, source).flatten(), slots.gather(1, destination).flatten())
+        move_path(cache, batch, verdict.path, verdict.kept)
         features = gather_rows(features, verdict.path)
     positions = causal_positions(batch.context, tokens.shape[1])
     committed = batch._replace(tokens=tokens, positions=positions, counts=verdict.kept, ancestors=None)
     return TrueRows(committed, features, tokens)
+
+
+def move_path(cache: PagedCache, batch: Batch, path: Tensor, kept: Tensor) -> None:
+    """Put keys and values of the first `kept` [R] nodes of `path` [R, D] in drafted trees next to the context."""
+    slots = batch.slots(cache.page_size, cache.pad_slot)
+    source, destination = compaction(path, kept, kept.new_zeros(kept.shape))
+    cache.move(slots.gather(1, source).flatten(), slots.gather(1, destination).flatten())
 
 
 def newest(tokens: Tensor, kept: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Protocol
@@ -101,6 +102,9 @@ class Scheduler:
 
     While a step is under way `next_steps` gives the round that follows it, if its sessions need nobody to go on; the
     next `complete` is for the older step still. `credit` and `sweep` alone may be called then.
+
+    Where the engine has stages, as many steps may be under way, each of sessions of its own: `next_steps` gives the
+    share of one, and the next `complete` is for the oldest. `submit` may be called too then.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class Scheduler:
         self._parked: dict[Job, Session] = {}
         self._running: list[Going | None] = []  # None: the session ended meanwhile
         self._ahead: list[Going] = []
+        self._behind: deque[list[Going | None]] = deque()  # steps begun after the running one, of other sessions
         self.now = clock()  # when the step at hand began, or ended
         self._times: list[tuple[int, StepTimes]] = []  # what `settle` has yet to count
         self._rounds: list[tuple[Session, Draft, int, int]] = []  # accepted tokens, levels that can have been judged
@@ -207,28 +212,41 @@ class Scheduler:
 
     def next_steps(self) -> list[Step]:
         """One batch for the engine: at most one step a session, nothing for work items that came too late."""
-        if self._running:
+        if self._running and self.info.pipeline_parallel == 1:
             return self._steps_ahead()
         if len(self._times) >= SETTLE:
             self.settle()
         self.now = now = self._clock()
         self._choose(self._ready.items())
-        budget = self.info.prefill_chunk
+        budget, share = self.info.prefill_chunk, self._share()
+        going: list[Going | None] = []
         steps: list[Step] = []
         for job, session in list(self._ready.items()):
             if job.deadline <= now:
                 self._abort(job, session, DeadlineExceededError("the deadline passed before the step began"))
                 continue
-            step = self._step(job, session, budget)
+            step = self._step(job, session, budget) if len(steps) < share else None
             if step is None:
                 continue
             if step.feed is not None:
                 budget -= len(step.feed.tokens)
             job.started = job.started or now
             del self._ready[job]
-            self._running.append((job, session, step))
+            going.append((job, session, step))
             steps.append(step)
+        self._begin(going)
         return steps
+
+    def _share(self) -> int:
+        """Sessions of one step: all that have work, divided over the steps that may be under way."""
+        busy = sum(map(len, (self._ready, self._running, *self._behind)))
+        return -(-busy // self.info.pipeline_parallel)
+
+    def _begin(self, going: list[Going | None]) -> None:
+        if not self._running:
+            self._running = going
+        elif going:
+            self._behind.append(going)
 
     def complete(self, outcomes: Sequence[StepResult | SpeculatorError], times: StepTimes) -> None:
         """Commits what the engine found for the steps of the last `next_steps`, in their order."""
@@ -241,6 +259,8 @@ class Scheduler:
                 self._complete_alone(going, outcome, times, batch)
         ahead, self._ahead = self._ahead, []
         self._running = [self._goes_on(*going) for going in ahead]
+        if self._behind:
+            self._running = self._behind.popleft()
 
     def _complete_alone(
         self, going: Going, outcome: StepResult | SpeculatorError, times: StepTimes, batch: int
@@ -312,7 +332,8 @@ class Scheduler:
 
     def fail_all(self, error: SpeculatorError) -> None:
         """Ends every work item; for a worker that cannot go on."""
-        running, self._running, self._ahead = self._running, [], []
+        running, self._running, self._ahead = [*self._running, *chain(*self._behind)], [], []
+        self._behind.clear()
         for job, session, _ in filter(None, running):
             self._abort(job, session, error)
         for job, session in [*self._ready.items(), *self._parked.items()]:
@@ -327,7 +348,9 @@ class Scheduler:
         assert self.pool.reserved == sum(s.reserved for s in live), "reservations do not add up"
         assert all(len(s.pages) <= s.reserved for s in live), "a session holds more pages than it reserved"
         held = {s.job for s in self.sessions.values() if s.job is not None}
-        queued = {*self._ready, *self._parked, *(job for job, _, _ in filter(None, self._running))}
+        running = [going for going in chain(self._running, *self._behind) if going is not None]
+        queued = {*self._ready, *self._parked, *(job for job, _, _ in running)}
+        assert len({step.row for _, _, step in running}) == len(running), "a session is in two steps at once"
         assert held == queued, "a session and the queue disagree about its work item"
         for s in self.sessions.values():
             assert (s.finish is FinishReason.RUNNING) == (s.row >= 0), "finished sessions hold no row, others do"

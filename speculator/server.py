@@ -188,7 +188,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
             tokenizer_sha256=about.tokenizer_sha256,
             limits=self._limits(),
             tensor_parallel_size=info.tensor_parallel,
-            pipeline_parallel_size=1,
+            pipeline_parallel_size=info.pipeline_parallel,
             default_rule=RULES_OUT[self._defaults.rule],
             default_draft=shape_pb(info.default_shape),
         )

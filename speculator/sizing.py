@@ -7,6 +7,7 @@ start-up.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from speculator.heads.base import DraftHead
 from speculator.passes import EagerPasses, eager_passes
 from speculator.recorded import RecordedPasses, Sizes
 from speculator.round import Rounds, trial_rounds
+from speculator.staged import recorded_passes
 from target.batch import Batch
 from target.cache import LayerShape, PagedCache, bytes_per_token
 from target.decoder import Decoder
@@ -38,6 +40,7 @@ from target.states import StateCache, StatePass
 
 log = logging.getLogger(__name__)
 
+MakePasses = Callable[[Decoder, DraftHead | None, PagedCache, StateCache | None], EagerPasses]
 PROMPTS_TOGETHER = 4  # prompt chunks of one step that the measured peak covers
 
 
@@ -65,18 +68,24 @@ def cache_groups(target: Decoder, head: DraftHead | None) -> list[list[LayerShap
 
 @torch.inference_mode()
 def measure(
-    target: Decoder, head: DraftHead | None, load: Load, before: Reading, states: StateCache | None = None
+    target: Decoder,
+    head: DraftHead | None,
+    load: Load,
+    before: Reading,
+    states: StateCache | None = None,
+    passes: MakePasses = eager_passes,
 ) -> Sized:
     """Run and record the largest passes over a cache of two pages; `before` was read ahead of everything else.
 
-    `states` are those of a hybrid's sessions, which exist already and count with the weights.
+    `states` are those of a hybrid's sessions, which exist already and count with the weights; `passes` makes the eager
+    passes that run.
 
     Raises graphs.memory.CacheSizeError when no page fits.
     """
     device, dtype = target.embed.weight.device, target.embed.weight.dtype
     groups = cache_groups(target, head)
     cache = PagedCache(groups, 2, load.sizes.page_size, dtype, device)
-    eager = eager_passes(target, head, cache, states)
+    eager = passes(target, head, cache, states)
     weights = torch.cuda.memory_allocated(device)
     peak = peak_activation(partial(_largest_passes, eager, load, device), device)
     graphs = _estimate(eager, cache, load, device) if load.graphs else NO_GRAPHS
@@ -101,7 +110,7 @@ def _estimate(eager: EagerPasses, cache: PagedCache, load: Load, device: torch.d
     recorder, made, rounds = CudaRecorder(device), list[RecordedPasses](), list[Rounds]()
 
     def capture(rung: int) -> None:
-        made.append(RecordedPasses(eager, recorder, load.sizes, device, rung))
+        made.append(recorded_passes(eager, recorder, load.sizes, device, rung))
         made[-1].capture()
         if load.rounds:
             rounds.append(trial_rounds(eager, recorder, load.sizes, cache, load.sessions, rung))

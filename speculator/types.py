@@ -173,4 +173,5 @@ class EngineInfo:
     max_branching: int = 16
     default_shape: DraftShape = field(default_factory=DraftShape)
     default_rule: Rule = Rule.COUPLED
-    tensor_parallel: int = 1  # ranks that share the target
+    tensor_parallel: int = 1  # ranks that share each layer of the target
+    pipeline_parallel: int = 1  # stages that share its layers; so many groups of sessions may be under way at once

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -57,6 +58,7 @@ class Worker:
 
     While the device runs a round that was launched, the next one is launched too, if its sessions need nobody to go
     on, and only then are the results of the first one read and delivered. An act waits until no step is under way.
+    An engine of several stages has as many steps under way, each of sessions of its own.
 
     `deliver` is called on that thread with all answers of one engine step; `failed` once if the thread cannot go on.
     `post`, `stop` and `leftovers` belong to the one thread that uses the worker.
@@ -78,7 +80,8 @@ class Worker:
         self._failed = failed
         self._clock = clock
         self._inbox: Inbox[Act] = Inbox()
-        self._flight: Flight | None = None  # the step under way
+        self._stages = engine.info.pipeline_parallel
+        self._flights: deque[Flight] = deque()  # the steps under way, the oldest first
         self._alive = True
         self._thread = threading.Thread(target=self._main, name="speculator-device", daemon=True)
 
@@ -88,6 +91,10 @@ class Worker:
     def post(self, act: Callable[..., Any], *args: Any) -> None:
         """Runs `act(*args)` on the worker's thread, between two engine steps."""
         self._inbox.put((act, args, False))
+
+    def submit(self, job: Job) -> None:
+        """Queues a work item; steps of other sessions stay under way where the engine has stages for them."""
+        self._inbox.put((self.scheduler.submit, (job,), self._stages > 1))
 
     def post_amid(self, act: Callable[..., Any], *args: Any) -> None:
         """The same for an act that leaves the sessions of a step under way alone: it does not wait for its end."""
@@ -101,7 +108,7 @@ class Worker:
 
     def leftovers(self) -> list[Delivery]:
         """Answers, all errors, of what the thread left undone when it ended."""
-        self._flight = None
+        self._flights.clear()
         self._act()
         self.scheduler.fail_all(EngineFailedError("the engine has stopped"))
         return self.scheduler.take_answers()
@@ -113,35 +120,44 @@ class Worker:
         try:
             while self._alive:
                 self._turn()
-            self._land()
+            self._land_all()
         except BaseException as error:
             log.exception("the device thread cannot go on")
             self._failed(error)
 
     def _turn(self) -> None:
-        if self._flight is None and not self.scheduler.ready:
+        if not self._flights and not self.scheduler.ready:
             self._inbox.wait()
         self._act()
-        following = self._start()
-        self._flight = self._land(following)
+        self._go_on(self._start())
         answers = self.scheduler.take_answers()
         if answers:
             self._deliver(answers)
 
+    def _go_on(self, launched: Flight | None) -> None:
+        """Read what is due: the step before the one just launched, or the oldest when no more can be under way."""
+        if self._stages == 1:
+            launched = self._land(launched)
+        if launched is not None:
+            self._flights.append(launched)
+        if self._stages > 1 and (launched is None or len(self._flights) == self._stages):
+            self._land()
+
     def _act(self) -> None:
         for act, args, amid in self._inbox.take():
             if not amid:
-                self._land()
+                self._land_all()
             act(*args)
 
     def _start(self) -> Flight | None:
-        """Launch the next step, ahead of the one under way if there is one; run it here where it cannot fly."""
+        """Launch the next step beside those under way, if there are any; run it here where it cannot fly."""
         steps = self.scheduler.next_steps()
         flight = self._launch(steps) if steps else None
         if steps and flight is None:
-            if self._flight is not None:
+            if self._flights and self._stages == 1:
                 self.scheduler.recall()
             else:
+                self._land_all()
                 self.scheduler.complete(self._run(steps), self._engine.times)
         return flight
 
@@ -153,10 +169,10 @@ class Worker:
             return None
 
     def _land(self, following: Flight | None = None) -> Flight | None:
-        """Complete the step under way, if any; `following` was launched on top of it, and falls with it if it fails."""
-        flight, self._flight = self._flight, None
-        if flight is None:
+        """Complete the oldest step under way, if any; `following` was launched on top of it, and falls if it fails."""
+        if not self._flights:
             return following
+        flight = self._flights.popleft()
         outcomes = _collected(flight)
         if isinstance(outcomes, Exception):
             if following is not None:
@@ -165,6 +181,10 @@ class Worker:
             following, outcomes = None, self._alone(self.scheduler.under_way, outcomes)
         self.scheduler.complete(outcomes, self._engine.times)
         return following
+
+    def _land_all(self) -> None:
+        while self._flights:
+            self._land()
 
     def _alone(self, steps: Sequence[Step | None], error: Exception) -> Sequence[Outcome]:
         """The parts of a step that failed when all were together; None is no part any more."""

@@ -108,11 +108,14 @@ def cache_layer_shape(config: ModelConfig) -> LayerShape:
 
 
 class Decoder(Reads, Multiplies, nn.Module):
-    """A target model. `forward` ends at hidden states; `logits` is a separate step, for the rows that need it."""
+    """A target model. `forward` ends at hidden states; `logits` is a separate step, for the rows that need it.
+
+    `span` are the layers it holds: all of them, or those of one stage of a pipeline.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.span = config, range(config.num_layers)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rope = decoder_rope(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
@@ -127,7 +130,7 @@ class Decoder(Reads, Multiplies, nn.Module):
     @property
     def cache_layers(self) -> list[LayerShape]:
         """Of the layers with attention, in order."""
-        attending = [i for i in range(self.config.num_layers) if not self.config.is_recurrent(i)]
+        attending = [i for i in self.span if not self.config.is_recurrent(i)]
         return [cache_layer_shape(self.config)] * len(attending)
 
     @property
@@ -138,20 +141,26 @@ class Decoder(Reads, Multiplies, nn.Module):
             return []
         return [StateShape(d.kernel, d.channels, d.value_heads, d.key_dim, d.value_dim)] * len(d.layers)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Any, taps: tuple[int, ...] = ()) -> Hidden:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend: Any, taps: tuple[int, ...] = (), above: Hidden | None = None
+    ) -> Hidden:
         """tokens, positions [R, T] int64 -> Hidden; `taps` are boundaries k of B(k), 0 (embedding) .. num_layers.
 
         `attend` is an Attend, an AttendLatent where the config has MLA, a HybridAttend where layers are recurrent.
+        A stage goes on from `above`, what the stage before it gave; without the last layer it gives the residual
+        stream in place of F. Of the taps those so far are handed on, in the order of `taps`.
         """
-        x, more = self.embed(tokens), None
+        first, last = self.span.start, self.span.stop
+        x, more = self.embed(tokens) if above is None else above.final, None
         cos, sin = self.rope(positions, x.dtype)
-        streams = {0: x}
-        for i, layer in enumerate(self.layers):
+        streams = {0: x} if above is None else dict(zip([k for k in taps if k <= first], above.taps, strict=True))
+        for i, layer in enumerate(self.layers, first):
             x, more = layer.advance(x, more, cos, sin, attend)  # type: ignore[operator]
-            if i + 1 in taps:
+            if i + 1 in taps or (i + 1 == last < self.config.num_layers):
                 x, more = x + more, None
                 streams[i + 1] = x
-        return Hidden(self.norm.after(x, more)[1], tuple(streams[k] for k in taps))
+        final = self.norm.after(x, more)[1] if last == self.config.num_layers else x
+        return Hidden(final, tuple(streams[k] for k in taps if k <= last))
 
     def logits(self, final: Tensor) -> Tensor:
         """F [..., H] -> [..., V] in the model's dtype."""

@@ -15,6 +15,7 @@ from target.errors import CheckpointError
 from target.layers import lay_out_for_cpu
 from target.names import TEXT_PREFIX, decoder_slots, mtp_names, vision_names
 from target.parallel import ALONE, Axis, ParallelDecoder, shard_config
+from target.pipeline import WHOLE, Stage, check_stages, cut_to_stage, stage_slots
 from target.shards import ShardFiles
 from target.weights import Progress, WeightFiles, check_names, fill
 
@@ -25,13 +26,17 @@ def load_target(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     axis: Axis = ALONE,
+    stage: Stage = WHOLE,
+    embeds: bool = False,
 ) -> Decoder:
     """Load a target; CheckpointError names every missing, unknown or misshapen tensor.
 
     The tensors of MTP modules in the folder are left to the head that reads them; those of a vision model to nobody.
-    With an `axis` of several ranks only this rank's shard is read; PlanError when the target cannot be divided so.
+    With an `axis` of several ranks only this rank's shard is read, with a `stage` of several only its layers (and the
+    embedding where it `embeds`); PlanError when the target cannot be divided so.
     """
     whole = load_config(folder)
+    check_stages(whole, stage.size)
     config = shard_config(whole, axis.size)
     files = ShardFiles(folder, whole, axis) if axis.size > 1 else WeightFiles(folder, config.fp8_block)
     found = files.names()
@@ -44,6 +49,9 @@ def load_target(
     check_names(found, set(slots), folder)
     with torch.device("meta"):
         model = ParallelDecoder(whole, axis) if axis.size > 1 else Decoder(config)
+        if stage.size > 1:
+            cut_to_stage(model, stage, embeds or (whole.tied and stage.last))
+            slots = stage_slots(slots, model)
     model = model.to(dtype).to_empty(device=device)
     fill(model, slots, files.items(slots), folder, progress)
     lay_out_for_cpu(model)

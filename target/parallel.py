@@ -72,6 +72,11 @@ class Axis:
     size: int = 1
     group: str = ""
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """For sends from rank to rank; an axis of one rank has none."""
+        return _named(self.group)
+
     def sum(self, x: Tensor) -> Tensor:
         """Add `x` (contiguous) up over the ranks, in place; all ranks get the same bits."""
         if self.size == 1:
@@ -104,11 +109,16 @@ class Mesh:
 
         Raises PlanError when the sizes do not make up the number of ranks.
         """
-        world, names = dist.get_world_size(), list(sizes)
+        world = dist.get_world_size()
         if prod(sizes.values()) != world:
             raise PlanError(f"a mesh of {_grid(sizes)} needs {prod(sizes.values())} ranks, and {world} run")
-        grid = torch.arange(world).view(*sizes.values())
-        return cls({name: _axis(name, grid.movedim(names.index(name), -1), backend, timeout) for name in names})
+        return cls({name: lines_of(sizes, name, backend, timeout) for name in sizes})
+
+
+def lines_of(sizes: Mapping[str, int], name: str, backend: str, timeout: timedelta) -> Axis:
+    """This rank's line along one axis of the grid of all ranks, with a new process group. Call on every rank."""
+    grid = torch.arange(dist.get_world_size()).view(*sizes.values())
+    return _axis(name, grid.movedim(list(sizes).index(name), -1), backend, timeout)
 
 
 def _grid(sizes: Mapping[str, int]) -> str:

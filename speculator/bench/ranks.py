@@ -1,8 +1,8 @@
 """`speculator bench ranks`: passes and rounds of a published shape over 1, 2 and 4 ranks, side by side in one run.
 
 Owns: the gangs of one run, one after the other, and the ratios to one rank. Weights are random, made on each device
-for its shard, and acceptance is forced, so every output says that it is synthetic. With `--starts` it measures nothing
-and breaks gangs instead (ranks_trials.py).
+for its shard, and acceptance is forced, so every output says that it is synthetic. With `--pipeline` it measures stages
+(ranks_stages.py), with `--starts` nothing: it breaks gangs instead (ranks_trials.py).
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
         pair = find_pair(None)
         command = serve_command(Path(pair.target), Path(pair.head), 2)
         return int(any(ending.wrong for ending in run_trials(command, args.starts, 2, args.seed)))
+    if args.pipeline:
+        from speculator.bench.ranks_stages import check_stages_fit
+
+        args.ranks = [1, args.pipeline]
+        check_stages_fit(args)
     if args.worker:
         return _worker(args)
     _check(args)
@@ -76,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
+    p.add_argument("--pipeline", type=int, default=0, help="measure a pipeline of so many stages, beside one rank")
     p.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="sizes of gangs; ratios are to the first")
     p.add_argument("--device", default="auto", help="cuda takes one device a rank")
     p.add_argument("--graphs", choices=MODES, default="round")
@@ -98,7 +104,7 @@ def _check(args: argparse.Namespace) -> None:
     if device.type == "cuda" and most > torch.cuda.device_count():
         raise ConfigError(f"{most} ranks need {most} CUDA devices, and this machine has {torch.cuda.device_count()}")
     try:
-        for size in args.ranks:
+        for size in args.ranks if not args.pipeline else ():
             check_divides(config, size)
     except PlanError as error:
         raise ConfigError(str(error)) from None
@@ -107,10 +113,17 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole report, gang by gang."""
     gangs = [_gang(args, size) for size in args.ranks]
+    if args.pipeline:
+        return _report(args, gangs)
     for gang in gangs:
         for row, first in zip(gang["rows"], gangs[0]["rows"], strict=True):
             row["ratio"] = round(row["ms"] / first["ms"], 3)
-    says = f"synthetic: random weights, acceptance forced to {args.accept:g} tokens a round"
+    return _report(args, gangs)
+
+
+def _report(args: argparse.Namespace, gangs: list[dict[str, Any]]) -> dict[str, Any]:
+    forced = "not forced" if args.pipeline else f"forced to {args.accept:g} tokens a round"
+    says = f"synthetic: random weights, acceptance {forced}"
     return {"bench": "ranks", "says": says, "shape": args.shape, "provenance": provenance(), "gangs": gangs}
 
 
@@ -132,7 +145,7 @@ def _gang(args: argparse.Namespace, size: int) -> dict[str, Any]:
 
 
 def _own(args: argparse.Namespace) -> list[str]:
-    same = ("shape", "device", "graphs", "head_parallel", "context", "depth", "accept", "rounds")
+    same = ("shape", "device", "graphs", "head_parallel", "context", "depth", "accept", "rounds", "pipeline")
     flags = [word for name in same for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     return [*flags, "--batches", *map(str, args.batches)]
 
@@ -155,13 +168,25 @@ def _worker(args: argparse.Namespace) -> int:
     else:
         torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
-    team = Team.build(size, device, STALL, lambda why: why)
-    engine = _engine(args, team)
-    rows = _passes(engine, args) + [row for batch in args.batches for row in _rounds(engine, args, team, batch)]
+    rows = _stages(args, size, device) if args.pipeline else _tensor(args, size, device)
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         print(RESULT + json.dumps({"device": name, "rows": rows}), flush=True)
     os._exit(0)  # without the farewell of process groups, which waits for ranks that have gone
+
+
+def _tensor(args: argparse.Namespace, size: int, device: torch.device) -> list[dict[str, Any]]:
+    team = Team.build(size, device, STALL, lambda why: why)
+    engine = _engine(args, team)
+    return _passes(engine, args) + [row for batch in args.batches for row in _rounds(engine, args, team, batch)]
+
+
+def _stages(args: argparse.Namespace, size: int, device: torch.device) -> list[dict[str, Any]]:
+    from speculator.bench.ranks_stages import measure_stages
+
+    sets = {"graphs.mode": "off" if args.graphs == "off" else "split", "graphs.rows": max(args.batches),
+            "parallel.pipeline": size, "engine.max_sessions": args.pipeline * max(args.batches)}  # fmt: skip
+    return measure_stages(args, Team.build(1, device, STALL, lambda why: why, pipeline=size), _config(args, sets))
 
 
 def _engine(args: argparse.Namespace, team: Team) -> Engine:
@@ -187,12 +212,12 @@ def _shard(name: str, team: Team, divided: str) -> tuple[Decoder, DraftHead]:
     return target, head
 
 
-def _config(args: argparse.Namespace) -> Config:
-    longest, rows = args.context + WRAP + max(QUERIES), max(args.batches)
+def _config(args: argparse.Namespace, more: Mapping[str, Any] | None = None) -> Config:
+    longest, rows = args.context + WRAP + max(QUERIES), max(args.batches) * max(1, args.pipeline)
     room = rows * (longest + SCRATCH_TOKENS + 64)
     sets = {"model.target": args.shape, "model.head": args.shape, "graphs.mode": "off", "engine.kv_tokens": room,
             "engine.max_context": longest, "engine.max_sessions": rows, "draft.depth": args.depth}  # fmt: skip
-    return load(None, [f"{key}={value}" for key, value in sets.items()])
+    return load(None, [f"{key}={value}" for key, value in {**sets, **(more or {})}.items()])
 
 
 def _passes(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -224,7 +249,7 @@ def _show(report: Mapping[str, Any]) -> None:
     for gang in report["gangs"]:
         for row in gang["rows"]:
             what = f"{gang['ranks']} ranks, {row['what']:18} rows {row['rows']:2}"
-            print(f"  {what} {row['ms']:9.3f} ms {row['ratio']:6.3f}")
+            print(f"  {what} {row['ms']:9.3f} ms" + (f" {row['ratio']:6.3f}" if "ratio" in row else ""))
 
 
 if __name__ == "__main__":

@@ -131,12 +131,12 @@ def _wrong(fault: Fault, code: int | None, said: Sequence[str], status: str, lef
     return "" if status in ("", "UNAVAILABLE") else f"a session heard {status}"
 
 
-def serve_command(target: Path, head: Path, ranks: int) -> list[str]:
-    """A gang on this machine's CPU, with recorded passes."""
+def serve_command(target: Path, head: Path, ranks: int, stages: int = 1) -> list[str]:
+    """A gang on this machine's CPU, with recorded passes; of `stages` times so many ranks."""
     sets = ["server.metrics_port=0", "engine.max_sessions=2", "engine.max_context=256", "graphs.rows=1",
             "graphs.prompt_tokens=16", "parallel.silent_s=4"]  # fmt: skip
     flags = ["--tensor-parallel", str(ranks), "--device", "cpu", "--port", "0", "--threads", "1"]
-    flags += ["--graphs", "piecewise"]
+    flags += ["--graphs", "piecewise" if stages == 1 else "split", "--pipeline-parallel", str(stages)]
     models = ["--target", str(target), "--head", str(head), "--depth", "2"]
     return [sys.executable, "-m", "speculator", "serve", *flags, *models, *(x for s in sets for x in ("--set", s))]
 

@@ -102,6 +102,9 @@ def serve(
     head_parallel: Annotated[
         str | None, typer.Option("--head-parallel", help="Where ranks share: replicate or shard the draft head.")
     ] = None,
+    pipeline_parallel: Annotated[
+        int | None, typer.Option("--pipeline-parallel", help="Stages that share the target's layers.")
+    ] = None,
     invariant: Invariant = False,
     sets: Sets = None,
 ) -> None:
@@ -117,7 +120,7 @@ def serve(
     from speculator.cli.run import run_server
 
     flags = (config, target, head, device, dtype, depth, branching, nodes, threads, graphs)
-    ranks = (tensor_parallel, head_parallel)
+    ranks = (tensor_parallel, head_parallel, pipeline_parallel)
     run_server(Flags(*flags, host, port, insecure or None, sets or (), pair, policy, invariant or None, *ranks))
 
 

@@ -40,6 +40,7 @@ KEYS = {
     "insecure": "server.insecure",
     "invariant": "engine.invariant",
     "tensor_parallel": "parallel.tensor",
+    "pipeline_parallel": "parallel.pipeline",
     "head_parallel": "parallel.head",
 }
 
@@ -67,6 +68,7 @@ class Flags:
     invariant: bool | None = None
     tensor_parallel: int | None = None
     head_parallel: str | None = None
+    pipeline_parallel: int | None = None
 
     @property
     def overrides(self) -> list[str]:

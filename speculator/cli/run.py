@@ -121,7 +121,7 @@ def _announce(server: Server, config: Config, engine: Engine) -> None:
     print(f"speculator {__version__} listening on {host}:{server.port}", flush=True)
     rows = {
         "target": f"{info.target_model} ({config.model.target}) on {engine.device}",
-        "head": f"{info.draft_model} ({info.draft_method})" if engine.head else "none: nothing is drafted",
+        "head": f"{info.draft_model} ({info.draft_method})" if info.draft_model else "none: nothing is drafted",
         "limits": f"{info.max_rows} sessions of {info.max_context} tokens; {info.total_pages - 1} pages of "
         f"{info.page_size} tokens",
         "draft": _shape(info.default_shape),

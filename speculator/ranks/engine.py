@@ -49,7 +49,7 @@ class LeadEngine(Engine):
         return self._outcome(lambda: super(LeadEngine, self).step(steps))
 
     def launch(self, steps: Sequence[Step]) -> LeadFlight | None:
-        if self.rounds is None:
+        if not self.launches:
             return None
         self._tell(Order(self._changes, steps, self._digest, Kind.LAUNCH))
         with self._alone():
@@ -61,6 +61,8 @@ class LeadEngine(Engine):
 
     def collected(self, flight: UnderWay) -> list[StepResult]:
         """The results of a launched round; the others collect theirs before the next order."""
+        if self._ended:
+            raise RankLostError(self._ended)
         self._changes.append(Landed())
         return self._outcome(flight.collect)
 
@@ -142,6 +144,7 @@ class Follower:
                 self._change(change)
             self._check(order)
             if order.kind is Kind.END:
+                self._engine.finish()
                 return
             self._do(order)
 

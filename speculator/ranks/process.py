@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from speculator.config import Config
 from speculator.engine import Engine
 from speculator.errors import ConfigError, SpeculatorError
-from speculator.load import fingerprint
+from speculator.load import check_graphs, fingerprint, head_record
 from speculator.ranks.engine import Follower, LeadEngine
 from speculator.ranks.errors import RankLostError
 from speculator.ranks.faults import fault_of
@@ -36,6 +36,7 @@ from speculator.ranks.team import Team
 from target.config import load_config
 from target.errors import CheckpointError, PlanError
 from target.parallel import check_divides
+from target.pipeline import check_stages
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,9 @@ class Process:
         device = self._device()
         self.pulse.tick("meeting")
         parallel = self.config.parallel
-        team = Team.build(parallel.tensor, device, parallel.stalled_s, self.failed, self.pulse)
+        team = Team.build(
+            parallel.tensor, device, parallel.stalled_s, self.failed, self.pulse, pipeline=parallel.pipeline
+        )
         for about, value in identity(self.config).items():
             team.same(value, about)
         return team
@@ -230,6 +233,11 @@ def check(config: Config) -> None:
     if not config.model.target:
         raise ConfigError("model.target is empty: name the folder of the target model")
     try:
-        check_divides(load_config(Path(config.model.target)), size)
+        whole = load_config(Path(config.model.target))
+        check_divides(whole, config.parallel.tensor)
+        check_stages(whole, config.parallel.pipeline)
     except (PlanError, CheckpointError) as error:
         raise ConfigError(str(error)) from None
+    if config.parallel.pipeline > 1:
+        check_graphs(config)
+        head_record(config)

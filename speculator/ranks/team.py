@@ -7,19 +7,30 @@ know processes, sockets or the service.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from graphs.agreement import Agreement, Ballot, DisagreementError, Group, LostRankError, Question
+from graphs.agreement import (
+    Agreement,
+    Alone,
+    Ballot,
+    DisagreementError,
+    Group,
+    LostRankError,
+    Question,
+    Voters,
+)
 from graphs.errors import GraphError
 from speculator.errors import ConfigError
 from speculator.ranks.channel import Channel
+from speculator.ranks.link import RankLink
 from speculator.ranks.pulse import Pulse
-from target.parallel import TENSOR, Mesh
+from target.parallel import TENSOR, Mesh, lines_of
+from target.pipeline import PIPELINE, WHOLE, Stage
 
 FOREVER = timedelta(days=7)  # a rank that waits for work is no fault; the watch on the gang ends the wait
 VOTE_SECONDS = 20.0
@@ -38,18 +49,35 @@ class Team:
     channel: Channel
     lost: Callable[[str], str]
     pulse: Pulse
+    near: Agreement  # of the ranks that compute each pass together: those of a stage
+    link: RankLink | None = None  # between stages, where there are several
 
     @classmethod
     def build(
-        cls, tensor: int, device: torch.device, stall: float, lost: Callable[[str], str], pulse: Pulse | None = None
+        cls,
+        tensor: int,
+        device: torch.device,
+        stall: float,
+        lost: Callable[[str], str],
+        pulse: Pulse | None = None,
+        pipeline: int = 1,
     ) -> Team:
         """Over the default process group; call it on every rank. PlanError when the mesh needs other many ranks."""
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        mesh = Mesh.build({TENSOR: tensor}, backend, timedelta(seconds=stall))
+        backend, limit = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=stall)
+        sizes = {PIPELINE: pipeline, TENSOR: tensor} if pipeline > 1 else {TENSOR: tensor}
+        mesh = Mesh.build(sizes, backend, limit)
         orders = dist.new_group(timeout=FOREVER, backend="gloo")
-        votes = Agreement(Group.apart(VOTE_SECONDS))
-        way = Channel(orders)
-        return cls(dist.get_rank(), dist.get_world_size(), device, mesh, votes, way, lost, pulse or Pulse())
+        votes = near = Agreement(Group.apart(VOTE_SECONDS if pipeline == 1 else stall))  # stages load other things
+        link = None
+        if pipeline > 1:
+            link = RankLink.build(mesh, backend, limit, device)
+            near = Agreement(stage_voters(sizes, limit))
+        here = (dist.get_rank(), dist.get_world_size(), device)
+        return cls(*here, mesh, votes, Channel(orders), lost, pulse or Pulse(), near, link)
+
+    @property
+    def stage(self) -> Stage:
+        return self.link.stage if self.link else WHOLE
 
     def smallest(self, value: int, about: str) -> int:
         """The least of all ranks' values."""
@@ -69,19 +97,36 @@ class Team:
         """Record on every rank, shape by shape: why it failed on all of them, "" when it did on none.
 
         `record` gets the progress to report, which it calls before each shape. DisagreementError when only some ranks
-        failed, LostRankError when others do not vote.
+        failed, LostRankError when others do not vote. Stages record other passes, so they agree on the end alone.
         """
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        why = self._capture_near(record)
+        if self.link is not None:
+            self.pulse.rest("waiting for the other stages")
+            self.agreement.enough_memory("all graphs", not why, self._free)
+        return why
+
+    @property
+    def _free(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+
+    def _capture_near(self, record: Callable[[Callable[[str, int, int], None]], None]) -> str:
+        free = self._free
 
         def vote(what: str, done: int, total: int) -> None:
-            self.agreement.enough_memory(NEXT_SHAPE, True, free)
+            self.near.enough_memory(NEXT_SHAPE, True, free)
 
         try:
             record(vote)
         except (DisagreementError, LostRankError):
             raise
         except GraphError as error:
-            self.agreement.enough_memory(NEXT_SHAPE, False, free)
+            self.near.enough_memory(NEXT_SHAPE, False, free)
             return str(error)
-        self.agreement.enough_memory(NEXT_SHAPE, True, free)
+        self.near.enough_memory(NEXT_SHAPE, True, free)
         return ""
+
+
+def stage_voters(sizes: Mapping[str, int], limit: timedelta) -> Voters:
+    """Those of this rank's stage; call it on every rank."""
+    axis = lines_of(sizes, TENSOR, "gloo", limit)
+    return Group(axis.process_group, timeout=VOTE_SECONDS) if axis.size > 1 else Alone()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from speculator.bundled import Pair
 from speculator.heads.save import save_head
 from speculator.train.folders import head_folder, save_trained_head, target_folder
 from speculator.train.model import new_head, new_target, target_config
 from speculator.train.recipe import Head, MlaRecipe, MoeRecipe, TargetRecipe
 from speculator.train.tokenizer import ChatTokenizer, train_bpe
+from target.load import load_target
 from target.save import save_target
 from tests.unit.engines import tiny_head, tiny_target
 
@@ -30,6 +33,15 @@ def make_pair(folder: Path) -> Pair:
     save_target(target, folder / "target")
     save_head(head, folder / "eagle3")
     return Pair(folder.name, folder / "target", folder / "eagle3")
+
+
+def make_eagle_pair(folder: Path) -> Pair:
+    """Writes target and an EAGLE-1 head, which borrows the target's tables, below `folder`."""
+    pair = make_pair(folder)
+    target = load_target(pair.target, torch.float32)
+    size = target.config.vocab_size
+    save_head(tiny_head(target, "eagle", vocab_size=size, draft_vocab_size=size), folder / "eagle", "eagle")
+    return Pair(folder.name, pair.target, folder / "eagle")
 
 
 def make_mtp_pair(folder: Path) -> Pair:

@@ -119,7 +119,7 @@ class Hand:
         spec = SessionSpec(name, "", tuple(prompt), stopping=StoppingParams(count, stops, ignore), **more)
         job = Job(Kind.GENERATE, name, "", spec=spec)
         self.heard[name] = []
-        self.worker.post(self.scheduler.submit, job)
+        self.worker.submit(job)
         return job
 
     def cancel(self, job: Job) -> None:
@@ -127,7 +127,7 @@ class Hand:
 
     @property
     def busy(self) -> bool:
-        return bool(self.worker._flight or self.scheduler.ready or self.worker._inbox._entries)
+        return bool(self.worker._flights or self.scheduler.ready or self.worker._inbox._entries)
 
     def turn(self) -> bool:
         if not self.busy:
@@ -139,7 +139,7 @@ class Hand:
     def finish(self) -> Hand:
         while self.turn():
             pass
-        assert self.worker._flight is None and not self.scheduler.under_way
+        assert not self.worker._flights and not self.scheduler.under_way
         return self
 
     @property
@@ -340,7 +340,7 @@ def test_the_end_of_the_worker_leaves_no_round_behind(device: str = "cpu") -> No
         hand.turn()
     hand.worker.post(hand.worker._end)
     hand.worker._main()
-    assert hand.worker._flight is None
+    assert not hand.worker._flights
     [*said, last] = [answer for _, answer in hand.worker.leftovers()]
     assert isinstance(last, SpeculatorError) and hand.scheduler.usage()[:5] == (0, 0, 0, 0, 0)
     assert all(isinstance(answer, Generated) for answer in said)
