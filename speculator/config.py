@@ -79,12 +79,15 @@ class ParallelConfig:
     """How many ranks share the target. Without ranks started from outside (torchrun), `serve` starts them itself."""
 
     tensor: int = 1  # ranks that divide heads, inner columns and the vocabulary of each layer
+    attention_data: bool = False  # those ranks divide only routed experts, and each has sessions and a cache of its own
     head: Literal["replicate", "shard"] = "replicate"  # the draft head whole on every rank, or divided as the target is
     silent_s: float = 10.0  # a rank without any sign of life for so long ends all
     stalled_s: float = 120.0  # and one that is busy with the same thing for so long
 
     def __post_init__(self) -> None:
         _within(self, "parallel", tensor=(1, 1024), silent_s=(1, 3600), stalled_s=(1, 86400))
+        alone = self.attention_data and self.tensor == 1
+        _require(not alone, "parallel.attention_data needs ranks that share experts: set parallel.tensor to 2 or more.")
 
     @property
     def ranks(self) -> int:

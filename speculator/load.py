@@ -23,6 +23,7 @@ from speculator.engine import Engine
 from speculator.errors import CheckpointError, ConfigError
 from speculator.heads.base import DraftHead
 from speculator.heads.load import load_head
+from speculator.ranks.data import agreed_sizes, join_passes, shared_engine
 from speculator.ranks.engine import LeadEngine
 from speculator.ranks.team import Team
 from speculator.recorded import Sizes
@@ -34,6 +35,7 @@ from target.cache import PagedCache, bytes_per_token
 from target.decoder import Decoder
 from target.errors import CheckpointError as TargetCheckpointError
 from target.errors import PlanError
+from target.experts import ExpertDecoder
 from target.fused import fuse_where_possible
 from target.load import load_target as read_target
 from target.parallel import ALONE, Axis, ParallelDecoder
@@ -57,7 +59,7 @@ def load_engine(config: Config, progress: Progress | None = None, team: Team | N
         torch.set_num_threads(config.engine.threads)
 
     def build() -> tuple[Decoder, DraftHead | None]:
-        target = load_target(config, device, progress, team.mesh.tensor if team else ALONE)
+        target = load_target(config, device, progress, (team.experts or team.mesh.tensor) if team else ALONE)
         return target, _load_head(config, target, device, progress)
 
     return build_engine(config, device, build, progress, team)
@@ -83,14 +85,20 @@ def build_engine(
     mode, sizes = graph_mode(config, device), graph_sizes(config, target)
     sized = _measured(target, head, _load(config, target, sizes, mode), before, states) if before else None
     pages = sized.plan.pages if sized else _cpu_pages(config, target, head)
-    info = engine_info(config, target, head, team.smallest(pages, "pages of the KV cache") if team else pages)
+    if team is not None and team.experts is None:  # one cache in shards, not one for each rank
+        pages = team.smallest(pages, "pages of the KV cache")
+    info = engine_info(config, target, head, pages)
     dtype = next(target.parameters()).dtype
     cache = PagedCache(cache_groups(target, head), info.total_pages, info.page_size, dtype, device)
     log.info("KV cache: %d pages of %d tokens, %.1f MiB", cache.pages, cache.page_size, cache.bytes / 2**20)
     engine = _engine(info, target, head, cache, states, team)
-    if mode != "off":
+    if mode != "off" and team is not None and team.experts is not None:
+        sizes = agreed_sizes(team, sizes, info)
+    if mode != "off" and sizes.rows:
         depths = config.graphs.round_depths if mode == "round" else None
         record_passes(engine, sizes, sized.graphs if sized else NO_GRAPHS, progress, depths, team)
+    if team is not None and isinstance(target, ExpertDecoder):
+        join_passes(engine, target.exchange, team)
     return engine
 
 
@@ -136,6 +144,8 @@ def _engine(
     team: Team | None = None,
 ) -> Engine:
     try:
+        if team is not None and isinstance(target, ExpertDecoder):
+            return shared_engine(team, info, target, head, cache)
         if team is not None and team.rank == 0:
             return LeadEngine(team.channel, team.lost, team.pulse, info, target, head, cache, states=states)
         return Engine(info, target, head, cache, states=states)

@@ -29,6 +29,7 @@ from speculator.drafting import Drafted, Growing, Start
 from speculator.heads.base import DraftHead
 from speculator.lookback import gather_rows
 from speculator.passes import EagerPasses, Fed, Verified
+from speculator.ranks.shares import Extent
 from speculator.sampling import RowSampling
 from speculator.types import DraftShape
 from target.attention.base import bind
@@ -76,8 +77,11 @@ class Sizes(NamedTuple):
 class RecordedPasses:
     """`Passes` that replay. `capture` before serving; without it everything runs eager and says so.
 
-    `rung` records one row count of every pass only, 0 the largest, to see what memory that takes.
+    `rung` records one row count of every pass only, 0 the largest, to see what memory that takes. `joint` is
+    the extent of a pass of the target that other ranks run too, with batches of their own: all pick the same graph.
     """
+
+    joint: Extent | None = None
 
     def __init__(
         self, eager: EagerPasses, recorder: Recorder, sizes: Sizes, device: torch.device, rung: int | None = None
@@ -165,7 +169,7 @@ class RecordedPasses:
         return self.eager.fed(inputs["tokens"], inputs["positions"], attend)
 
     def feed(self, batch: Batch, states: StatePass | None = None) -> Fed:
-        graph = self.feeding.pick(batch.tokens.numel())
+        graph = self.feeding.pick(self.joint.tokens if self.joint else batch.tokens.numel())
         if graph is None:
             return self.eager.feed(batch, states)
         graph.load({"tokens": batch.tokens.view(1, -1), "positions": batch.positions.view(1, -1)})
@@ -222,7 +226,8 @@ class RecordedPasses:
 
     def verify(self, batch: Batch, states: StatePass | None = None) -> Verified:
         rows, queries = batch.tokens.shape
-        graph = self.verifying.pick(rows, queries, CHAIN if batch.ancestors is None else TREE)
+        extent = self.joint or Extent(rows, queries, rows * queries, batch.ancestors is not None)
+        graph = self.verifying.pick(extent.rows, extent.queries, TREE if extent.trees else CHAIN)
         if graph is None:
             return self.eager.verify(batch, states)
         graph.state.refresh(self._values(batch))

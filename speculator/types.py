@@ -174,3 +174,4 @@ class EngineInfo:
     default_shape: DraftShape = field(default_factory=DraftShape)
     default_rule: Rule = Rule.COUPLED
     tensor_parallel: int = 1  # ranks that share the target
+    rank_pages: tuple[int, ...] = ()  # of each rank that has sessions of its own, its null page included; else empty

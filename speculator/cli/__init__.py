@@ -102,6 +102,10 @@ def serve(
     head_parallel: Annotated[
         str | None, typer.Option("--head-parallel", help="Where ranks share: replicate or shard the draft head.")
     ] = None,
+    attention_data_parallel: Annotated[
+        bool,
+        typer.Option("--attention-data-parallel", help="Ranks share only experts; each has sessions of its own."),
+    ] = False,
     invariant: Invariant = False,
     sets: Sets = None,
 ) -> None:
@@ -117,7 +121,7 @@ def serve(
     from speculator.cli.run import run_server
 
     flags = (config, target, head, device, dtype, depth, branching, nodes, threads, graphs)
-    ranks = (tensor_parallel, head_parallel)
+    ranks = (tensor_parallel, head_parallel, attention_data_parallel or None)
     run_server(Flags(*flags, host, port, insecure or None, sets or (), pair, policy, invariant or None, *ranks))
 
 

@@ -41,6 +41,7 @@ KEYS = {
     "invariant": "engine.invariant",
     "tensor_parallel": "parallel.tensor",
     "head_parallel": "parallel.head",
+    "attention_data_parallel": "parallel.attention_data",
 }
 
 
@@ -67,6 +68,7 @@ class Flags:
     invariant: bool | None = None
     tensor_parallel: int | None = None
     head_parallel: str | None = None
+    attention_data_parallel: bool | None = None
 
     @property
     def overrides(self) -> list[str]:

@@ -19,7 +19,8 @@ from graphs.errors import GraphError
 from speculator.errors import ConfigError
 from speculator.ranks.channel import Channel
 from speculator.ranks.pulse import Pulse
-from target.parallel import TENSOR, Mesh
+from target.experts import EXPERTS
+from target.parallel import TENSOR, Axis, Mesh
 
 FOREVER = timedelta(days=7)  # a rank that waits for work is no fault; the watch on the gang ends the wait
 VOTE_SECONDS = 20.0
@@ -41,20 +42,38 @@ class Team:
 
     @classmethod
     def build(
-        cls, tensor: int, device: torch.device, stall: float, lost: Callable[[str], str], pulse: Pulse | None = None
+        cls,
+        tensor: int,
+        device: torch.device,
+        stall: float,
+        lost: Callable[[str], str],
+        pulse: Pulse | None = None,
+        axis: str = TENSOR,
     ) -> Team:
-        """Over the default process group; call it on every rank. PlanError when the mesh needs other many ranks."""
+        """Over the default process group; call it on every rank. PlanError when the mesh needs other many ranks.
+
+        `axis` is what `tensor` ranks divide: every layer, or only its experts.
+        """
         backend = "nccl" if device.type == "cuda" else "gloo"
-        mesh = Mesh.build({TENSOR: tensor}, backend, timedelta(seconds=stall))
+        mesh = Mesh.build({axis: tensor}, backend, timedelta(seconds=stall))
         orders = dist.new_group(timeout=FOREVER, backend="gloo")
         votes = Agreement(Group.apart(VOTE_SECONDS))
         way = Channel(orders)
         return cls(dist.get_rank(), dist.get_world_size(), device, mesh, votes, way, lost, pulse or Pulse())
 
+    @property
+    def experts(self) -> Axis | None:
+        """The axis that divides experts among ranks with sessions of their own; None where ranks share all sessions."""
+        return self.mesh.axes.get(EXPERTS)
+
     def smallest(self, value: int, about: str) -> int:
         """The least of all ranks' values."""
+        return min(self.each(value, about))
+
+    def each(self, value: int, about: str) -> list[int]:
+        """All ranks' values, by rank."""
         ballot = Ballot(Question.HAS_BATCH, zlib.crc32(about.encode()), 1, capacity=value)
-        return min(vote.capacity for vote in self.agreement.voters.gather(ballot, about))
+        return [vote.capacity for vote in self.agreement.voters.gather(ballot, about)]
 
     def same(self, value: str, about: str) -> None:
         """ConfigError that names the ranks where `value` is another than on rank 0."""
