@@ -35,12 +35,12 @@ class Returns:
         """
         counts = [sum(self._share.owner(step.row) == rank for step in steps) for rank in range(self._share.size)]
         width = _width(steps)
-        mine = torch.tensor(_words(own, width, max(counts)), dtype=torch.int64)
+        mine = torch.tensor(outcome_words(own, width, max(counts)), dtype=torch.int64)
         boxes = [torch.empty_like(mine) for _ in counts] if self._share.rank == 0 else None
         dist.gather(mine, boxes, group=self._group, group_dst=0)
         if boxes is None:
             return []
-        found = [_outcome(box.tolist(), width, count) for box, count in zip(boxes, counts, strict=True)]
+        found = [outcome_of(box.tolist(), width, count) for box, count in zip(boxes, counts, strict=True)]
         return self._in_order(steps, found)
 
     def _in_order(self, steps: Sequence[Step], found: Sequence[Outcome]) -> list[StepResult]:
@@ -59,7 +59,8 @@ def _width(steps: Sequence[Step]) -> tuple[int, int]:
     return committed, max((len(s.parents) or (s.depth if s.is_chain else s.nodes) for s in shapes), default=0)
 
 
-def _words(own: Outcome, width: tuple[int, int], rows: int) -> list[int]:
+def outcome_words(own: Outcome, width: tuple[int, int], rows: int) -> list[int]:
+    """What travels of one rank's outcome: as many words for every outcome of up to `rows` results of such `width`."""
     size = HEAD + rows * _row_size(width)
     if isinstance(own, SpeculatorError):
         words = _refusal_words(own)
@@ -68,7 +69,8 @@ def _words(own: Outcome, width: tuple[int, int], rows: int) -> list[int]:
     return words + [0] * (size - len(words))
 
 
-def _outcome(words: Sequence[int], width: tuple[int, int], rows: int) -> Outcome:
+def outcome_of(words: Sequence[int], width: tuple[int, int], rows: int) -> Outcome:
+    """The outcome of `rows` steps that such words tell."""
     if words[0]:
         text = b"".join(word.to_bytes(8, "little", signed=True) for word in words[2:HEAD])
         return REFUSALS[words[0] - 1](text[: words[1]].decode(errors="replace"))

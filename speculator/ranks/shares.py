@@ -1,4 +1,4 @@
-"""Which steps of an order are a rank's own, where each rank has its own sessions, and what all ranks run because of them.
+"""Which steps of an order are a rank's own where each has its own sessions, and what all ranks run because of them.
 
 Owns: that every rank comes to the same passes of the same extent from the same order. Must never import torch.
 """
