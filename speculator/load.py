@@ -23,7 +23,7 @@ from speculator.engine import Engine
 from speculator.errors import CheckpointError, ConfigError
 from speculator.heads.base import DraftHead
 from speculator.heads.load import load_head
-from speculator.ranks.data import agreed_sizes, join_passes, shared_engine
+from speculator.ranks.data import agreed_sizes, check_data_parallel, join_passes, shared_engine
 from speculator.ranks.engine import LeadEngine
 from speculator.ranks.team import Team
 from speculator.recorded import Sizes
@@ -55,6 +55,8 @@ def load_engine(config: Config, progress: Progress | None = None, team: Team | N
     With a `team` of ranks every one of them calls this, and gets an engine over its own shard.
     """
     device = team.device if team else resolve_device(config.model.device)
+    if team is not None and team.experts is not None:
+        check_data_parallel(config)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,9 +30,8 @@ from speculator.drafting import Drafted, Growing, Start
 from speculator.heads.base import DraftHead
 from speculator.lookback import gather_rows
 from speculator.passes import EagerPasses, Fed, Verified
-from speculator.ranks.shares import Extent
 from speculator.sampling import RowSampling
-from speculator.types import DraftShape
+from speculator.types import DraftShape, Extent
 from target.attention.base import bind
 from target.batch import Batch
 from target.deltanet import HybridAttend
@@ -77,16 +77,14 @@ class Sizes(NamedTuple):
 class RecordedPasses:
     """`Passes` that replay. `capture` before serving; without it everything runs eager and says so.
 
-    `rung` records one row count of every pass only, 0 the largest, to see what memory that takes. `joint` is
-    the extent of a pass of the target that other ranks run too, with batches of their own: all pick the same graph.
+    `rung` records one row count of every pass only, 0 the largest, to see what memory that takes.
     """
-
-    joint: Extent | None = None
 
     def __init__(
         self, eager: EagerPasses, recorder: Recorder, sizes: Sizes, device: torch.device, rung: int | None = None
     ) -> None:
         self.eager, self.recorder, self.sizes, self.device, self._rung = eager, recorder, sizes, device, rung
+        self._joint: Extent | None = None
         self.verifying = self._verify_manager()
         self.capture_seconds = 0.0
         self.feeding = self._feed_manager()
@@ -136,6 +134,15 @@ class RecordedPasses:
             growing = self._draft_body(state, graph.inputs, step, growing)
         return growing
 
+    @contextmanager
+    def together(self, extent: Extent) -> Iterator[None]:
+        """Passes of the target inside are run by other ranks too, each on its own batch: all pick the same graph."""
+        self._joint = extent
+        try:
+            yield
+        finally:
+            self._joint = None
+
     def close(self) -> None:
         for manager in reversed(self.managers):
             manager.close()
@@ -169,7 +176,7 @@ class RecordedPasses:
         return self.eager.fed(inputs["tokens"], inputs["positions"], attend)
 
     def feed(self, batch: Batch, states: StatePass | None = None) -> Fed:
-        graph = self.feeding.pick(self.joint.tokens if self.joint else batch.tokens.numel())
+        graph = self.feeding.pick(self._joint.tokens if self._joint else batch.tokens.numel())
         if graph is None:
             return self.eager.feed(batch, states)
         graph.load({"tokens": batch.tokens.view(1, -1), "positions": batch.positions.view(1, -1)})
@@ -226,7 +233,7 @@ class RecordedPasses:
 
     def verify(self, batch: Batch, states: StatePass | None = None) -> Verified:
         rows, queries = batch.tokens.shape
-        extent = self.joint or Extent(rows, queries, rows * queries, batch.ancestors is not None)
+        extent = self._joint or Extent(rows, queries, rows * queries, batch.ancestors is not None)
         graph = self.verifying.pick(extent.rows, extent.queries, TREE if extent.trees else CHAIN)
         if graph is None:
             return self.eager.verify(batch, states)

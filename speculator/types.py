@@ -136,6 +136,15 @@ class Step(NamedTuple):
     ahead: bool = False
 
 
+class Extent(NamedTuple):
+    """The largest batch of one pass over all ranks that run it together: what its graph must hold."""
+
+    rows: int
+    queries: int
+    tokens: int  # rows times queries of the rank where these are most
+    trees: bool = False  # some rank's drafts are no chains
+
+
 class StepResult(NamedTuple):
     """What a step committed and drafted."""
 

@@ -19,7 +19,7 @@ from speculator.errors import ConfigError, EngineFailedError
 from speculator.heads.base import DraftHead
 from speculator.passes import EagerPasses
 from speculator.ranks.codec import Change, Close, Open, Order
-from speculator.ranks.engine import Follower, LeadEngine, LeadFlight
+from speculator.ranks.engine import Follower, LeadEngine
 from speculator.ranks.errors import RankLostError
 from speculator.ranks.joint import JointPasses
 from speculator.ranks.returns import REFUSALS, Outcome, Returns
@@ -114,9 +114,6 @@ class DataLead(LeadEngine):
         results = self._outcome(lambda: self._part.run(steps, before))
         self._before = COUNTED
         return results
-
-    def launch(self, steps: Sequence[Step]) -> LeadFlight | None:
-        return None
 
 
 class DataFollower(Follower):

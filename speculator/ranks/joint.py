@@ -13,11 +13,10 @@ from torch import Tensor
 
 from speculator.drafting import Drafted, Start
 from speculator.passes import EagerPasses, Fed, Verified
-from speculator.ranks.shares import Extent
 from speculator.ranks.shares import Passes as Asked
 from speculator.recorded import RecordedPasses
 from speculator.tree import chain
-from speculator.types import DraftShape
+from speculator.types import DraftShape, Extent
 from target.batch import Batch
 from target.experts import Exchange
 
@@ -57,21 +56,17 @@ class JointPasses:
     def verify(self, batch: Batch) -> Verified:
         self._skip_feed()
         extent, self._left = self._left.verify, self._left._replace(verify=None)
-        if extent is not None and extent.trees and batch.ancestors is None:
-            batch = batch._replace(ancestors=chain(batch.tokens, batch.counts, 0).ancestors)
         return self._together(self._own.verify, batch, extent)  # type: ignore[no-any-return]
 
     def _together(self, run: Any, batch: Batch, extent: Extent | None) -> Any:
         assert extent is not None, "a pass that the other ranks do not know of"
-        recorded = self._own if isinstance(self._own, RecordedPasses) else None
-        if recorded:
-            recorded.joint = extent
-        try:
-            with self._exchange.of(extent.tokens):
+        with self._exchange.of(extent.tokens):
+            if not isinstance(self._own, RecordedPasses):
                 return run(batch)
-        finally:
-            if recorded:
-                recorded.joint = None
+            if extent.trees and batch.ancestors is None:  # the graph of all is one of trees
+                batch = batch._replace(ancestors=chain(batch.tokens, batch.counts, 0).ancestors)
+            with self._own.together(extent):
+                return run(batch)
 
     # the head: this rank's alone
 

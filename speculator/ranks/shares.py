@@ -8,16 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from speculator.types import Step
-
-
-class Extent(NamedTuple):
-    """The largest batch of one pass over all ranks: what its shape and its graph are chosen by."""
-
-    rows: int
-    queries: int
-    tokens: int  # rows times queries of the rank where these are most
-    trees: bool = False  # some rank's drafts are no chains
+from speculator.types import Extent, Step
 
 
 class Passes(NamedTuple):

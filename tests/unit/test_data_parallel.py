@@ -16,8 +16,8 @@ from speculator.errors import ConfigError, DraftNotFoundError, NumericalError, S
 from speculator.load import load_engine
 from speculator.ranks.process import check
 from speculator.ranks.returns import outcome_of, outcome_words
-from speculator.ranks.shares import Extent, Passes, Share
-from speculator.types import Draft, Feed, Step, StepResult
+from speculator.ranks.shares import Passes, Share
+from speculator.types import Draft, Extent, Feed, Step, StepResult
 from target.errors import PlanError
 from target.experts import EXPERTS, check_experts
 from target.load import load_target
@@ -64,6 +64,14 @@ def test_ranks_replay_together(mode: str, rows: Any, pair: Any, tmp_path: Path) 
     assert found == alone(pair)
     assert passes["target verify"][0] > 5, passes
     assert passes["prompt"][0] > 2 or mode == "split", passes
+
+
+def test_a_rank_of_chains_replays_the_graphs_of_trees(pair: Any, tmp_path: Path) -> None:
+    """Session 1 drafts chains alone on rank 0, while those on rank 1 draft trees."""
+    sets = sets_of(pair, **{"graphs.mode": "split", "graphs.rows": 2, "draft.branching": 2, "draft.nodes": 6})
+    found, passes, _ = outcome(run_ranks(gang, 2, tmp_path, "", 2, (4, 0, 5), True, [sets], limit=120))
+    assert found == alone(pair, trees=True)
+    assert passes["target verify"][0] > 5, passes
 
 
 def test_grouped_query_targets_with_experts(tmp_path: Path) -> None:
