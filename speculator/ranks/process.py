@@ -104,7 +104,7 @@ class Process:
         self.pulse.tick("meeting")
         parallel = self.config.parallel
         axis = EXPERTS if parallel.attention_data else TENSOR
-        team = Team.build(parallel.tensor, device, parallel.stalled_s, self.failed, self.pulse, axis)
+        team = Team.build(parallel.tensor, device, parallel.stalled_s, self.failed, self.pulse, axis=axis)
         for about, value in identity(self.config).items():
             team.same(value, about)
         return team

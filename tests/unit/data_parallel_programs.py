@@ -17,7 +17,7 @@ from speculator.passes import eager_passes
 from speculator.ranks.data import DataLead, agreed_sizes, follower
 from speculator.ranks.team import Team
 from speculator.recorded import RecordedPasses
-from speculator.types import DraftShape, Rule, SamplingParams, Step
+from speculator.types import Draft, DraftShape, Rule, SamplingParams, Step
 from target.config_moe import MoeConfig
 from target.errors import PlanError
 from target.experts import EXPERTS, Exchange, SharedExperts
@@ -44,23 +44,35 @@ class Spread(Driver):
         self.rows = rows
 
     def start(self, prompts: Any, params: Any, shape: DraftShape | None) -> list[Sequence_]:
-        sessions = []
-        for row, prompt, param in zip(self.rows, prompts, params, strict=True):
-            first = 1 + 20 * (row % ROWS)
-            sessions.append(Sequence_(row, list(prompt), list(range(first, first + 20))))
-            self.engine.open(row, param, shape is not None)
+        sessions = [self._open(*each, shape) for each in zip(self.rows, prompts, params, strict=True)]
         while waiting := [s for s in sessions if not s.produced]:
             self._run([self._chunk(s, shape) for s in waiting], waiting)
         return sessions
 
+    def start_in_turn(self, prompts: Any, params: Any, shape: DraftShape | None) -> list[Sequence_]:
+        """Each prompt is fed while the sessions before it go on: one rank feeds and another verifies in one step."""
+        sessions: list[Sequence_] = []
+        for each in zip(self.rows, prompts, params, strict=True):
+            before, new = list(sessions), self._open(*each, shape)
+            sessions.append(new)
+            while not new.produced:
+                steps = [self._step(s, draft=s.draft or Draft(), root=s.tokens[-1], propose=shape) for s in before]
+                self._run([*steps, self._chunk(new, shape)], sessions)
+        return sessions
+
+    def _open(self, row: int, prompt: Sequence[int], param: SamplingParams, shape: DraftShape | None) -> Sequence_:
+        self.engine.open(row, param, shape is not None)
+        first = 1 + 20 * (row % ROWS)
+        return Sequence_(row, list(prompt), list(range(first, first + 20)))
+
 
 def play(engine: Any, rows: Sequence[int], shapes: Sequence[DraftShape | None]) -> list[Any]:
-    """Committed tokens and accepted counts of three sessions, which all begin together, end, and open again."""
+    """Committed tokens and accepted counts of three sessions, which begin together, end, and begin again in turn."""
     found: list[Any] = []
     by_row = {row: shapes[i] for i, row in enumerate(rows)}
-    for _ in range(2):
+    for again in range(2):
         driver = Spread(engine, rows)
-        sessions = driver.start(PROMPTS, PARAMS, shapes[0])
+        sessions = (driver.start_in_turn if again else driver.start)(PROMPTS, PARAMS, shapes[0])
         driver.rounds(sessions, COUNT, by_row)  # type: ignore[arg-type]
         found += [[s.produced, s.accepted] for s in sessions]
         for s in sessions:
