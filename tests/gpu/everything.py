@@ -29,7 +29,7 @@ LONG = (
     "test_gqa_gpu",
     "test_invariant_gpu",
 )
-ALONE = {"test_agreement_gpu": 2, "test_ranks_gpu": 2, "test_memory_gpu": 1}  # devices for themselves
+ALONE = {"test_agreement_gpu": 2, "test_ranks_gpu": 2, "test_data_parallel_gpu": 2, "test_memory_gpu": 1}  # no sharing
 SPECULATOR = (sys.executable, "-m", "speculator")
 
 
