@@ -15,7 +15,7 @@ from graphs.errors import GraphError
 from graphs.shape import row_ladder, token_ladder
 from speculator.config import Config
 from speculator.engine import Engine
-from speculator.errors import ConfigError, EngineFailedError
+from speculator.errors import ConfigError, EngineFailedError, SpeculatorError
 from speculator.heads.base import DraftHead
 from speculator.passes import EagerPasses
 from speculator.ranks.codec import Change, Close, Open, Order
@@ -72,7 +72,9 @@ class Part:
         start = time.perf_counter()
         try:
             outcome = Engine.step(self._engine, own) if own else []
-        except REFUSALS as error:
+        except SpeculatorError as error:
+            if type(error) not in REFUSALS:  # nobody knows how far the rank came
+                raise EngineFailedError(error.message) from error
             outcome = error
         with device_failures():
             passes.finish()
@@ -179,15 +181,16 @@ def agreed_sizes(team: Team, sizes: Sizes, info: EngineInfo) -> Sizes:
     would enter its passes alone, and wait there for the others.
     """
     capacity = (info.total_pages - 1) * info.page_size
-    vote = team.agreement.has_batch
-    pages = -(-sizes.path // info.page_size)
+    vote, shape = team.agreement.has_batch, sizes.shape
+    width = sizes.path if shape.is_chain else max(sizes.path, len(shape.parents or range(shape.nodes)) + 1)
+    row = -(-width // info.page_size) * info.page_size
 
-    def hold(shape: str, needed: int) -> bool:
-        return vote(shape, needed <= capacity, capacity, needed)
+    def hold(about: str, needed: int) -> bool:
+        return vote(about, needed <= capacity, capacity, needed)
 
     try:
-        team.agreement.draft_length(sizes.shape.depth)
-        rows = [r for r in row_ladder(sizes.rows) if hold(f"{r} x {sizes.path} tokens", r * pages * info.page_size)]
+        team.agreement.draft_length(shape.depth)
+        rows = [r for r in row_ladder(sizes.rows) if hold(f"{r} x {width} tokens", r * row)]
         buckets = token_ladder(sizes.prompt_tokens) if sizes.prompt_tokens else ()
         prompts = [tokens for tokens in buckets if hold(f"a prompt of {tokens} tokens", tokens)]
     except GraphError as error:

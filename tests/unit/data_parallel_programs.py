@@ -11,7 +11,7 @@ import torch
 
 from graphs.agreement import Agreement, Alone
 from graphs.tape import TapeRecorder
-from speculator.errors import SpeculatorError
+from speculator.errors import InvalidArgumentError, SpeculatorError
 from speculator.load import graph_sizes, load_engine, with_page_size
 from speculator.passes import eager_passes
 from speculator.ranks.data import DataLead, agreed_sizes, follower
@@ -151,8 +151,8 @@ def reason(engine: Any, steps: Sequence[Step]) -> str:
     return "ok"
 
 
-def fail(rank: int, folder: str, sets: dict[str, Any]) -> Any:
-    """Rank 1's device fails in the middle of a pass."""
+def fail(rank: int, folder: str, sets: dict[str, Any], of_device: bool) -> Any:
+    """Rank 1 fails in the middle of a pass, by its device or by an error that no step should bring."""
     engine, team = in_team(rank, 2, config_of(folder, **sets))
     if rank == 0:
         try:
@@ -163,7 +163,7 @@ def fail(rank: int, folder: str, sets: dict[str, Any]) -> Any:
 
     def broken(*inputs: Any) -> None:
         if next(calls) == 9:
-            raise RuntimeError("an illegal memory access was encountered")
+            raise RuntimeError("an illegal access") if of_device else InvalidArgumentError("an illegal access")
 
     engine.model.layers[-1].attention.register_forward_pre_hook(broken)
     follower(engine, team).run()

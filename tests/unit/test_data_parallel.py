@@ -129,9 +129,11 @@ def test_a_step_that_one_rank_refuses_leaves_all_in_step(pair: Any, tmp_path: Pa
     assert texts == [s.produced for s in rejection_sessions(one, (0, 1))]
 
 
-def test_a_rank_that_fails_ends_the_others(pair: Any, tmp_path: Path) -> None:
-    lead, other = run_ranks(fail, 2, tmp_path, "", sets_of(pair), limit=60)
+@pytest.mark.parametrize("of_device", [True, False])
+def test_a_rank_that_fails_ends_the_others(of_device: bool, pair: Any, tmp_path: Path) -> None:
+    lead, other = run_ranks(fail, 2, tmp_path, "", sets_of(pair), of_device, limit=60)
     assert other.error == "RankLostError" and "rank 1 failed in a step" in other.text
+    assert "an illegal access" in other.text
     assert lead.value == "RANK_LOST"
 
 
