@@ -79,6 +79,7 @@ class ParallelConfig:
     """How many ranks share the target. Without ranks started from outside (torchrun), `serve` starts them itself."""
 
     tensor: int = 1  # ranks that divide heads, inner columns and the vocabulary of each layer
+    attention_data: bool = False  # those ranks divide only routed experts, and each has sessions and a cache of its own
     pipeline: int = 1  # stages that divide the layers, each of so many ranks; the last one has the draft head
     head: Literal["replicate", "shard"] = "replicate"  # the draft head whole on every rank, or divided as the target is
     silent_s: float = 10.0  # a rank without any sign of life for so long ends all
@@ -86,6 +87,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _within(self, "parallel", tensor=(1, 1024), pipeline=(1, 1024), silent_s=(1, 3600), stalled_s=(1, 86400))
+        alone = self.attention_data and self.tensor == 1
+        _require(not alone, "parallel.attention_data needs ranks that share experts: set parallel.tensor to 2 or more.")
+        staged = self.attention_data and self.pipeline > 1
+        _require(not staged, "parallel.attention_data has no stages: set parallel.pipeline to 1.")
 
     @property
     def ranks(self) -> int:

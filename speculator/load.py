@@ -27,6 +27,7 @@ from speculator.heads.load import load_head
 from speculator.heads.reading import TargetFacts
 from speculator.heads.record import HeadRecord
 from speculator.passes import EagerPasses, eager_passes
+from speculator.ranks.data import agreed_sizes, check_data_parallel, join_passes, shared_engine
 from speculator.ranks.engine import LeadEngine
 from speculator.ranks.link import Loopback
 from speculator.ranks.stages import EarlyStage, LastStage, LeadStage
@@ -42,6 +43,7 @@ from target.config import load_config
 from target.decoder import Decoder
 from target.errors import CheckpointError as TargetCheckpointError
 from target.errors import PlanError
+from target.experts import ExpertDecoder
 from target.fused import fuse_where_possible
 from target.load import load_target as read_target
 from target.model import Target
@@ -63,15 +65,18 @@ def load_engine(config: Config, progress: Progress | None = None, team: Team | N
     With a `team` of ranks every one of them calls this, and gets an engine over its own shard.
     """
     device = team.device if team else resolve_device(config.model.device)
+    if team is not None and team.experts is not None:
+        check_data_parallel(config)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
 
     stage = team.stage if team else WHOLE
+    axis = (team.experts or team.mesh.tensor) if team else ALONE
     record = head_record(config) if stage.size > 1 else None
 
     def build() -> tuple[Decoder, DraftHead | None]:
         embeds = stage.last and record is not None and not record.own_embed
-        target = load_target(config, device, progress, team.mesh.tensor if team else ALONE, stage, embeds)
+        target = load_target(config, device, progress, axis, stage, embeds)
         return target, _load_head(config, target, device, progress) if stage.last else None
 
     return build_engine(config, device, build, progress, team, record)
@@ -106,7 +111,8 @@ def build_engine(
     passes = _passes_for(team, record)
     sized = _measured(target, head, _load(config, target, sizes, mode), before, states, passes) if before else None
     pages = sized.plan.pages if sized else _cpu_pages(config, target, head)
-    pages = team.smallest(pages, "pages of the KV cache") if team else pages
+    if team is not None and team.experts is None:  # one cache in shards, not one for each rank
+        pages = team.smallest(pages, "pages of the KV cache")
     info = engine_info(config, target, head.record if head else record, pages)
     info = replace(info, pipeline_parallel=team.stage.size if team else 1)
     dtype = next(target.parameters()).dtype
@@ -116,9 +122,13 @@ def build_engine(
         engine: Engine = _stage_engine(info, target, head, cache, team, record)
     else:
         engine = _engine(info, target, head, cache, states, team)
-    if mode != "off":
+    if mode != "off" and team is not None and team.experts is not None:
+        sizes = agreed_sizes(team, sizes, info)
+    if mode != "off" and sizes.rows:
         depths = config.graphs.round_depths if mode == "round" else None
         record_passes(engine, sizes, sized.graphs if sized else NO_GRAPHS, progress, depths, team)
+    if team is not None and isinstance(target, ExpertDecoder):
+        join_passes(engine, target.exchange, team)
     return engine
 
 
@@ -169,6 +179,8 @@ def _engine(
     team: Team | None = None,
 ) -> Engine:
     try:
+        if team is not None and isinstance(target, ExpertDecoder):
+            return shared_engine(team, info, target, head, cache)
         if team is not None and team.rank == 0:
             return LeadEngine(team.channel, team.lost, team.pulse, info, target, head, cache, states=states)
         return Engine(info, target, head, cache, states=states)

@@ -30,6 +30,7 @@ def depth_policy(config: Config, engine: Engine) -> DepthPolicy | None:
     """
     chosen, shape = config.policy, fitted(config.draft.shape, engine.info)
     known = bool(chosen.costs) or _measures(config, engine.device)
+    known = known and not engine.info.rank_pages  # a round of all ranks takes as long as the slowest one's
     if chosen.mode == "off" or engine.info.draft_method == "none" or not shape.depth or not known:
         return None
     shapes = menu(shape, _recorded_depths(config, engine))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from speculator.heads.base import DraftHead
 from speculator.lookback import gather_rows
 from speculator.passes import EagerPasses, Fed, Verified
 from speculator.sampling import RowSampling
-from speculator.types import DraftShape
+from speculator.types import DraftShape, Extent
 from target.attention.base import bind
 from target.batch import Batch
 from target.deltanet import HybridAttend
@@ -84,6 +85,7 @@ class RecordedPasses:
         self, eager: EagerPasses, recorder: Recorder, sizes: Sizes, device: torch.device, rung: int | None = None
     ) -> None:
         self.eager, self.recorder, self.sizes, self.device, self._rung = eager, recorder, sizes, device, rung
+        self._joint: Extent | None = None
         self.verifying = self._verify_manager()
         self.capture_seconds = 0.0
         self.bytes_expected = self.bytes_taken = 0  # by all graphs, as `record_passes` finds
@@ -145,6 +147,15 @@ class RecordedPasses:
             growing = self._draft_body(state, graph.inputs, step, growing)
         return growing
 
+    @contextmanager
+    def together(self, extent: Extent) -> Iterator[None]:
+        """Passes of the target inside are run by other ranks too, each on its own batch: all pick the same graph."""
+        self._joint = extent
+        try:
+            yield
+        finally:
+            self._joint = None
+
     def close(self) -> None:
         for manager in reversed(self.managers):
             manager.close()
@@ -178,7 +189,7 @@ class RecordedPasses:
         return self.eager.fed(inputs["tokens"], inputs["positions"], attend)
 
     def feed(self, batch: Batch, states: StatePass | None = None) -> Fed:
-        graph = self.feeding.pick(batch.tokens.numel())
+        graph = self.feeding.pick(self._joint.tokens if self._joint else batch.tokens.numel())
         if graph is None:
             return self.eager.feed(batch, states)
         graph.load({"tokens": batch.tokens.view(1, -1), "positions": batch.positions.view(1, -1)})
@@ -237,7 +248,8 @@ class RecordedPasses:
 
     def verify(self, batch: Batch, states: StatePass | None = None) -> Verified:
         rows, queries = batch.tokens.shape
-        graph = self.verifying.pick(rows, queries, CHAIN if batch.ancestors is None else TREE)
+        extent = self._joint or Extent(rows, queries, rows * queries, batch.ancestors is not None)
+        graph = self.verifying.pick(extent.rows, extent.queries, TREE if extent.trees else CHAIN)
         if graph is None:
             return self.eager.verify(batch, states)
         graph.state.refresh(self._values(batch))

@@ -70,6 +70,13 @@ class Rows:
         """[R, V] bool tokens that the penalty applies to, None when no row asks for one."""
         return self._seen[rows] if self._seen is not None and sampling.any_penalty else None
 
+    def held(self) -> dict[int, tuple[int, Tensor | None]]:
+        """What `keep_q` holds now, to be given to `hold_again` where a step that changed it does not count."""
+        return dict(self._q)
+
+    def hold_again(self, held: dict[int, tuple[int, Tensor | None]]) -> None:
+        self._q = dict(held)
+
     def keep_q(self, row: int, draft_id: int, q: Tensor | None) -> None:
         """Hold the distributions [N, V] that a draft was drawn from (None: point masses) until the row's next draft."""
         self._q[row] = (draft_id, q)

@@ -6,7 +6,6 @@ Must never import torch, grpc or protobuf, nor touch a thread: one caller drives
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections import deque
@@ -41,8 +40,8 @@ from speculator.errors import (
     SpeculatorError,
     StepCancelledError,
 )
+from speculator.places import Places
 from speculator.policy import NOTHING, DepthPolicy, Riders
-from speculator.pool import Pool
 from speculator.session import (
     Job,
     Kept,
@@ -119,12 +118,11 @@ class Scheduler:
         self.info = info
         self.totals = totals or Totals()
         self.sessions: dict[str, Session] = {}
-        self.pool = Pool(info.total_pages)
-        self.context = min(info.max_context, self.pool.capacity * info.page_size - info.scratch_tokens)
+        self.places = Places(info)
+        self.context = min(info.max_context, self.places.largest * info.page_size - info.scratch_tokens)
         self._device = rows
         self._idle_timeout = idle_timeout
         self._clock = clock
-        self._free_rows = list(range(info.max_rows))
         self._ready: dict[Job, Session] = {}
         self._parked: dict[Job, Session] = {}
         self._running: list[Going | None] = []  # None: the session ended meanwhile
@@ -201,8 +199,8 @@ class Scheduler:
     def usage(self) -> Usage:
         finished = len(self._finished)
         waiting = len(self._ready) + len(self._parked)
-        pool = self.pool
-        return Usage(len(self.sessions) - finished, finished, waiting, pool.used, pool.reserved, pool.capacity)
+        places = self.places
+        return Usage(len(self.sessions) - finished, finished, waiting, places.used, places.reserved, places.capacity)
 
     # ---- the engine's side ----
 
@@ -218,18 +216,19 @@ class Scheduler:
             self.settle()
         self.now = now = self._clock()
         self._choose(self._ready.items())
-        budget, share = self.info.prefill_chunk, self._share()
+        budgets, share = [self.info.prefill_chunk] * len(self.places.pools), self._share()
         going: list[Going | None] = []
         steps: list[Step] = []
         for job, session in list(self._ready.items()):
             if job.deadline <= now:
                 self._abort(job, session, DeadlineExceededError("the deadline passed before the step began"))
                 continue
-            step = self._step(job, session, budget) if len(steps) < share else None
+            rank = self.places.rank(session.row)
+            step = self._step(job, session, budgets[rank]) if len(steps) < share else None
             if step is None:
                 continue
             if step.feed is not None:
-                budget -= len(step.feed.tokens)
+                budgets[rank] -= len(step.feed.tokens)
             job.started = job.started or now
             del self._ready[job]
             going.append((job, session, step))
@@ -342,16 +341,19 @@ class Scheduler:
     def check(self) -> None:
         """Asserts that rows, pages and queues add up; for tests."""
         live = [s for s in self.sessions.values() if s.row >= 0]
-        pages = sorted(chain(self.pool.free, *(s.pages for s in live)))
-        assert pages == list(range(1, self.info.total_pages)), "pages lost, doubled, or the null page handed out"
-        assert sorted([*self._free_rows, *(s.row for s in live)]) == list(range(self.info.max_rows)), "rows lost"
-        assert self.pool.reserved == sum(s.reserved for s in live), "reservations do not add up"
+        for rank, pool in enumerate(self.places.pools):
+            held = [s for s in live if self.places.rank(s.row) == rank]
+            pages = sorted(chain(pool.free, *(s.pages for s in held)))
+            assert pages == list(range(1, pool.capacity + 1)), "pages lost, doubled, or the null page handed out"
+            assert pool.reserved == sum(s.reserved for s in held), "reservations do not add up"
+        rows = sorted([*self.places.free_rows, *(s.row for s in live)])
+        assert rows == list(range(self.info.max_rows)), "rows lost"
         assert all(len(s.pages) <= s.reserved for s in live), "a session holds more pages than it reserved"
-        held = {s.job for s in self.sessions.values() if s.job is not None}
+        jobs = {s.job for s in self.sessions.values() if s.job is not None}
         running = [going for going in chain(self._running, *self._behind) if going is not None]
         queued = {*self._ready, *self._parked, *(job for job, _, _ in running)}
         assert len({step.row for _, _, step in running}) == len(running), "a session is in two steps at once"
-        assert held == queued, "a session and the queue disagree about its work item"
+        assert jobs == queued, "a session and the queue disagree about its work item"
         for s in self.sessions.values():
             assert (s.finish is FinishReason.RUNNING) == (s.row >= 0), "finished sessions hold no row, others do"
             assert len(s.tokens) <= s.limit, "a session grew beyond its limit"
@@ -408,24 +410,21 @@ class Scheduler:
 
     def _take_place(self, session: Session) -> None:
         pages = self._pages_for(session.limit + self.info.scratch_tokens)
-        if not self._has_place(pages):
+        if not self.places.has(pages):
             self.sweep()
-        if not self._free_rows:
+        if self.places.full:
             raise ServerFullError(f"all {self.info.max_rows} sessions are taken", limit="sessions")
-        if not self.pool.reserve(pages):
+        row = self.places.take(pages)
+        if row is None:
             raise ServerFullError(
-                f"the session may need {pages} KV pages, {self.pool.capacity - self.pool.reserved} are not promised; "
+                f"the session may need {pages} KV pages, {self.places.unpromised} are not promised; "
                 "ask for fewer max_new_tokens or come back later",
                 limit="kv_pages",
             )
-        session.reserved = pages
-        session.row = heapq.heappop(self._free_rows)
+        session.reserved, session.row = pages, row
         if self.policy is not None:
             self.policy.open(session.row)
         self._open_row(session)
-
-    def _has_place(self, pages: int) -> bool:
-        return bool(self._free_rows) and self.pool.fits(pages)
 
     def _open_row(self, session: Session) -> None:
         try:
@@ -608,7 +607,7 @@ class Scheduler:
     def _cover(self, session: Session, fed: int) -> None:
         end = session.cached + fed + self.info.scratch_tokens
         while session.covered < end:
-            session.pages.append(self.pool.take())
+            session.pages.append(self.places.page(session.row))
             session.covered += self.info.page_size
 
     def _pages_for(self, tokens: int) -> int:
@@ -764,8 +763,7 @@ class Scheduler:
             self._release(session)
 
     def _release(self, session: Session) -> None:
-        self.pool.give(session.pages, session.reserved)
-        heapq.heappush(self._free_rows, session.row)
+        self.places.give(session.row, session.pages, session.reserved)
         session.row, session.pages, session.covered, session.reserved = -1, [], 0, 0
 
     def _answer(self, job: Job, answer: Answer | SpeculatorError) -> None:

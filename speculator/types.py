@@ -136,6 +136,15 @@ class Step(NamedTuple):
     ahead: bool = False
 
 
+class Extent(NamedTuple):
+    """The largest batch of one pass over all ranks that run it together: what its graph must hold."""
+
+    rows: int
+    queries: int
+    tokens: int  # rows times queries of the rank where these are most
+    trees: bool = False  # some rank's drafts are no chains
+
+
 class StepResult(NamedTuple):
     """What a step committed and drafted."""
 
@@ -173,5 +182,6 @@ class EngineInfo:
     max_branching: int = 16
     default_shape: DraftShape = field(default_factory=DraftShape)
     default_rule: Rule = Rule.COUPLED
-    tensor_parallel: int = 1  # ranks that share each layer of the target
+    tensor_parallel: int = 1  # ranks that share the target
+    rank_pages: tuple[int, ...] = ()  # of each rank that has sessions of its own, its null page included; else empty
     pipeline_parallel: int = 1  # stages that share its layers; so many groups of sessions may be under way at once

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from target.config import load_config
+from target.config import ModelConfig, load_config
 from target.decoder import Decoder
 from target.errors import CheckpointError
+from target.experts import EXPERTS, ExpertDecoder, ExpertFiles, check_experts, own_slots
 from target.layers import lay_out_for_cpu
 from target.names import TEXT_PREFIX, decoder_slots, mtp_names, vision_names
 from target.parallel import ALONE, Axis, ParallelDecoder, shard_config
@@ -32,13 +33,14 @@ def load_target(
     """Load a target; CheckpointError names every missing, unknown or misshapen tensor.
 
     The tensors of MTP modules in the folder are left to the head that reads them; those of a vision model to nobody.
-    With an `axis` of several ranks only this rank's shard is read, with a `stage` of several only its layers (and the
-    embedding where it `embeds`); PlanError when the target cannot be divided so.
+    With an `axis` of several ranks only this rank's shard is read, or on the axis of experts its share of them; with a
+    `stage` of several only its layers (and the embedding where it `embeds`); PlanError when the target cannot be
+    divided so.
     """
     whole = load_config(folder)
     check_stages(whole, stage.size)
-    config = shard_config(whole, axis.size)
-    files = ShardFiles(folder, whole, axis) if axis.size > 1 else WeightFiles(folder, config.fp8_block)
+    config = _held(whole, axis)
+    files = _files(folder, whole, axis)
     found = files.names()
     slots = decoder_slots(config, found)
     found -= mtp_names(config, found) | vision_names(config, found)
@@ -47,8 +49,10 @@ def load_target(
         _check_tied(files, folder)
         found.discard("lm_head.weight")
     check_names(found, set(slots), folder)
+    if axis.name == EXPERTS:
+        slots = own_slots(slots, whole, axis)
     with torch.device("meta"):
-        model = ParallelDecoder(whole, axis) if axis.size > 1 else Decoder(config)
+        model = _decoder(whole, axis)
         if stage.size > 1:
             cut_to_stage(model, stage, embeds or (whole.tied and stage.last))
             slots = stage_slots(slots, model)
@@ -56,6 +60,26 @@ def load_target(
     fill(model, slots, files.items(slots), folder, progress)
     lay_out_for_cpu(model)
     return model.requires_grad_(False).eval()
+
+
+def _held(whole: ModelConfig, axis: Axis) -> ModelConfig:
+    """The config whose tensors a rank holds; PlanError where the ranks cannot divide the target."""
+    if axis.name != EXPERTS:
+        return shard_config(whole, axis.size)
+    check_experts(whole, axis.size)
+    return whole
+
+
+def _files(folder: Path, whole: ModelConfig, axis: Axis) -> WeightFiles:
+    if axis.size == 1:
+        return WeightFiles(folder, whole.fp8_block)
+    return (ExpertFiles if axis.name == EXPERTS else ShardFiles)(folder, whole, axis)
+
+
+def _decoder(whole: ModelConfig, axis: Axis) -> Decoder:
+    if axis.size == 1:
+        return Decoder(whole)
+    return (ExpertDecoder if axis.name == EXPERTS else ParallelDecoder)(whole, axis)
 
 
 def _check_tied(files: WeightFiles, folder: Path) -> None:

@@ -96,7 +96,7 @@ class Experts(nn.Module):
         ends = torch.searchsorted(by_expert, ids, right=True, out_int32=True)
         gate, up = F.grouped_mm(x[order // top_k], self.gate_up.mT, offs=ends).chunk(2, dim=-1)
         out = F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
-        out = out * weights.flatten()[order, None]
+        out = self._weigh(out, weights.flatten()[order], by_expert)
         by_token = torch.empty_like(out).index_copy(0, order, out)
         return by_token.unflatten(0, (-1, top_k)).sum(dim=1).to(x.dtype)  # type: ignore[no-any-return]
 
@@ -109,9 +109,17 @@ class Experts(nn.Module):
 
     def _all_experts(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         gate, up = torch.matmul(x, self.gate_up.mT).chunk(2, dim=-1)  # each [E, N, inner]
-        share = x.new_zeros(x.shape[0], self.gate_up.shape[0], dtype=torch.float32).scatter(1, experts, weights)
+        share = self._share(weights, experts)
         inner = F.silu(gate) * up * share.t()[..., None].to(x.dtype)
         return torch.matmul(inner, self.down.mT).sum(dim=0)
+
+    def _weigh(self, out: Tensor, weights: Tensor, by_expert: Tensor) -> Tensor:
+        """What the experts `by_expert` [M] say, out [M, size], as much as it counts, weights [M]."""
+        return out * weights[:, None]
+
+    def _share(self, weights: Tensor, experts: Tensor) -> Tensor:
+        """How much each of all experts counts: weights and experts [N, k] -> [N, E]."""
+        return weights.new_zeros(weights.shape[0], self.gate_up.shape[0]).scatter(1, experts, weights)
 
 
 def can_group(x: Tensor, inner: int) -> bool:

@@ -89,11 +89,19 @@ class ShardFiles(WeightFiles):
             yield name, self.read(name)
 
     def read(self, name: str) -> Tensor:
-        cut, scale = cut_of(name, self.config.num_kv_heads, self.axis), f"{name}{SCALE}"
+        cut, scale = self.cut_of(name), f"{name}{SCALE}"
         try:
             tensor = self._scaled(name, scale, cut) if scale in self._scales else self._plain(name, cut)
         except SafetensorError as error:
             raise CheckpointError(f"{self._place[name]} has no readable tensor {name}: {error}") from None
+        return self.once(name, tensor)
+
+    def cut_of(self, name: str) -> Cut | None:
+        """The piece of a tensor that this rank holds."""
+        return cut_of(name, self.config.num_kv_heads, self.axis)
+
+    def once(self, name: str, tensor: Tensor) -> Tensor:
+        """A piece as the rank adds it: what is added before a sum over the ranks comes from one of them."""
         return _once(name, tensor, self.axis)
 
     def _plain(self, name: str, cut: Cut | None) -> Tensor:

@@ -102,6 +102,10 @@ def serve(
     head_parallel: Annotated[
         str | None, typer.Option("--head-parallel", help="Where ranks share: replicate or shard the draft head.")
     ] = None,
+    attention_data_parallel: Annotated[
+        bool,
+        typer.Option("--attention-data-parallel", help="Ranks share only experts; each has sessions of its own."),
+    ] = False,
     pipeline_parallel: Annotated[
         int | None, typer.Option("--pipeline-parallel", help="Stages that share the target's layers.")
     ] = None,
@@ -120,7 +124,7 @@ def serve(
     from speculator.cli.run import run_server
 
     flags = (config, target, head, device, dtype, depth, branching, nodes, threads, graphs)
-    ranks = (tensor_parallel, head_parallel, pipeline_parallel)
+    ranks = (tensor_parallel, head_parallel, attention_data_parallel or None, pipeline_parallel)
     run_server(Flags(*flags, host, port, insecure or None, sets or (), pair, policy, invariant or None, *ranks))
 
 

@@ -42,6 +42,7 @@ KEYS = {
     "tensor_parallel": "parallel.tensor",
     "pipeline_parallel": "parallel.pipeline",
     "head_parallel": "parallel.head",
+    "attention_data_parallel": "parallel.attention_data",
 }
 
 
@@ -68,6 +69,7 @@ class Flags:
     invariant: bool | None = None
     tensor_parallel: int | None = None
     head_parallel: str | None = None
+    attention_data_parallel: bool | None = None
     pipeline_parallel: int | None = None
 
     @property

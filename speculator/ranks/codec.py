@@ -135,7 +135,8 @@ def float_word(value: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
-def _float(word: int) -> float:
+def word_float(word: int) -> float:
+    """The double of such bits."""
     return float(struct.unpack("<d", struct.pack("<q", word))[0])
 
 
@@ -148,7 +149,7 @@ def _open_words(change: Open) -> list[int]:
 
 def _opened(row: int, source: Iterator[int]) -> Open:
     speculate, top_k, seed, rule = _take(source, 4)
-    temperature, top_p, min_p, penalty = map(_float, _take(source, 4))
+    temperature, top_p, min_p, penalty = map(word_float, _take(source, 4))
     params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed % (1 << 64), RULES[rule])
     return Open(row, params, bool(speculate))
 
@@ -179,7 +180,7 @@ def _draft(source: Iterator[int]) -> Draft:
 
 def _distribution(source: Iterator[int]) -> Distribution:
     ids = _list(source)
-    return Distribution(ids, [_float(word) for word in _take(source, len(ids))])
+    return Distribution(ids, [word_float(word) for word in _take(source, len(ids))])
 
 
 def _shape_words(shape: DraftShape) -> list[int]:

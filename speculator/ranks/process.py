@@ -26,7 +26,8 @@ from speculator.config import Config
 from speculator.engine import Engine
 from speculator.errors import ConfigError, SpeculatorError
 from speculator.load import check_graphs, fingerprint, head_record
-from speculator.ranks.engine import Follower, LeadEngine
+from speculator.ranks.data import check_data_parallel, follower
+from speculator.ranks.engine import LeadEngine
 from speculator.ranks.errors import RankLostError
 from speculator.ranks.faults import fault_of
 from speculator.ranks.gang import Hub, Limits, Member, Watch
@@ -35,7 +36,8 @@ from speculator.ranks.pulse import Pulse
 from speculator.ranks.team import Team
 from target.config import load_config
 from target.errors import CheckpointError, PlanError
-from target.parallel import check_divides
+from target.experts import EXPERTS, check_experts
+from target.parallel import TENSOR, check_divides
 from target.pipeline import check_stages
 
 log = logging.getLogger(__name__)
@@ -102,9 +104,9 @@ class Process:
         device = self._device()
         self.pulse.tick("meeting")
         parallel = self.config.parallel
-        team = Team.build(
-            parallel.tensor, device, parallel.stalled_s, self.failed, self.pulse, pipeline=parallel.pipeline
-        )
+        axis = EXPERTS if parallel.attention_data else TENSOR
+        notes = (self.failed, self.pulse)
+        team = Team.build(parallel.tensor, device, parallel.stalled_s, *notes, parallel.pipeline, axis)
         for about, value in identity(self.config).items():
             team.same(value, about)
         return team
@@ -161,7 +163,7 @@ class Process:
 
     def follow(self, engine: Engine) -> None:
         """Run what rank 0 tells until the gang ends."""
-        Follower(engine, self.team.channel, self.pulse).run()
+        follower(engine, self.team).run()
 
     # ---- the end
 
@@ -232,9 +234,12 @@ def check(config: Config) -> None:
         raise ConfigError("engine.invariant needs sums of one order, which ranks do not give: serve it on one device")
     if not config.model.target:
         raise ConfigError("model.target is empty: name the folder of the target model")
+    divides = check_experts if config.parallel.attention_data else check_divides
+    if config.parallel.attention_data:
+        check_data_parallel(config)
     try:
         whole = load_config(Path(config.model.target))
-        check_divides(whole, config.parallel.tensor)
+        divides(whole, config.parallel.tensor)
         check_stages(whole, config.parallel.pipeline)
     except (PlanError, CheckpointError) as error:
         raise ConfigError(str(error)) from None

@@ -29,7 +29,8 @@ from speculator.errors import ConfigError
 from speculator.ranks.channel import Channel
 from speculator.ranks.link import RankLink
 from speculator.ranks.pulse import Pulse
-from target.parallel import TENSOR, Mesh, lines_of
+from target.experts import EXPERTS
+from target.parallel import TENSOR, Axis, Mesh, lines_of
 from target.pipeline import PIPELINE, WHOLE, Stage
 
 FOREVER = timedelta(days=7)  # a rank that waits for work is no fault; the watch on the gang ends the wait
@@ -61,10 +62,14 @@ class Team:
         lost: Callable[[str], str],
         pulse: Pulse | None = None,
         pipeline: int = 1,
+        axis: str = TENSOR,
     ) -> Team:
-        """Over the default process group; call it on every rank. PlanError when the mesh needs other many ranks."""
+        """Over the default process group; call it on every rank. PlanError when the mesh needs other many ranks.
+
+        `axis` is what `tensor` ranks divide: every layer, or only its experts.
+        """
         backend, limit = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=stall)
-        sizes = {PIPELINE: pipeline, TENSOR: tensor} if pipeline > 1 else {TENSOR: tensor}
+        sizes = {PIPELINE: pipeline, axis: tensor} if pipeline > 1 else {axis: tensor}
         mesh = Mesh.build(sizes, backend, limit)
         orders = dist.new_group(timeout=FOREVER, backend="gloo")
         votes = near = Agreement(Group.apart(VOTE_SECONDS if pipeline == 1 else stall))  # stages load other things
@@ -79,10 +84,19 @@ class Team:
     def stage(self) -> Stage:
         return self.link.stage if self.link else WHOLE
 
+    @property
+    def experts(self) -> Axis | None:
+        """The axis that divides experts among ranks with sessions of their own; None where ranks share all sessions."""
+        return self.mesh.axes.get(EXPERTS)
+
     def smallest(self, value: int, about: str) -> int:
         """The least of all ranks' values."""
+        return min(self.each(value, about))
+
+    def each(self, value: int, about: str) -> list[int]:
+        """All ranks' values, by rank."""
         ballot = Ballot(Question.HAS_BATCH, zlib.crc32(about.encode()), 1, capacity=value)
-        return min(vote.capacity for vote in self.agreement.voters.gather(ballot, about))
+        return [vote.capacity for vote in self.agreement.voters.gather(ballot, about)]
 
     def same(self, value: str, about: str) -> None:
         """ConfigError that names the ranks where `value` is another than on rank 0."""

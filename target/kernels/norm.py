@@ -88,7 +88,7 @@ def _scaled(x, weight, eps, SIZE: tl.constexpr):
 def launch_beside(
     tokens: Tensor, table: Tensor, first: Tensor | None, first_eps: float, x: Tensor, second: Tensor, eps: float
 ) -> Tensor:
-    """tokens [...] int64, table [V, size] and x [..., size] of one type -> [norm(table[tokens]), norm(x)], [..., 2 size].
+    """tokens [...] int64, table [V, size], x [..., size] -> [norm(table[tokens]), norm(x)], [..., 2 size].
 
     Without `first`, its weight, rows of the table are taken as they are.
     """

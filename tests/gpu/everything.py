@@ -29,7 +29,7 @@ LONG = (
     "test_gqa_gpu",
     "test_invariant_gpu",
 )
-ALONE = {"test_agreement_gpu": 2, "test_ranks_gpu": 2, "test_memory_gpu": 1}  # devices for themselves
+ALONE = {"test_agreement_gpu": 2, "test_ranks_gpu": 2, "test_data_parallel_gpu": 2, "test_memory_gpu": 1}  # no sharing
 SPECULATOR = (sys.executable, "-m", "speculator")
 # an 8B-shaped pair on a card that its KV cache fills up to 95 %
 FULL_CARD = "--synthetic llama-8b --sessions 32 --waves 0 --memory-share 0.95 --kv-tokens 1000000000".split()
