@@ -253,12 +253,12 @@ class Engine:
 
     def _judge(self, chosen: Sequence[Step], tree: Tree, verified: Verified, rows: Tensor) -> tuple[Verdict, Report]:
         """Apply each row's own rule."""
-        rules = [self.rows.params[s.row].rule for s in chosen]
-        if set(rules) == {Rule.COUPLED}:
+        if all(self.rows.coupled(s.row, tree.chain) for s in chosen):
             sampling = self.rows.sampling([s.row for s in chosen])
             seen = self.rows.seen(rows, sampling)
             below = None if seen is None else seen_tokens(seen, tree)
             return judge_coupled(tree, verified, sampling, self.rows.cached[rows] + 1, below)
+        rules = [self.rows.params[s.row].rule for s in chosen]
         verdict = self._judge_rules(rules, chosen, tree, verified.logits, rows)
         return verdict, report(tree, verdict, verified.logits)
 

@@ -6,13 +6,13 @@ and says nothing (None) where the logits themselves are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from speculator.sampling import RowSampling, Stream, noise_keys
-from target.readout import Asked, Readout, values_of
+from speculator.sampling import RowSampling, Stream, lowest_kept, noise_keys
+from target.readout import Asked, Keep, Readout, values_of
 
 Read = Callable[[Asked], Readout | None]  # about N rows; None where logits have to be written first
 
@@ -33,6 +33,21 @@ class Ranking(NamedTuple):
     logprobs: Tensor  # [R, T, k] float32, log q
 
 
+class Reading(NamedTuple):
+    """A ranking as it was read: nothing is normalised yet."""
+
+    found: Readout  # about R * T rows
+    asked: Asked
+    places: Sequence[int]  # R, T
+
+    def ranking(self) -> Ranking:
+        found, shape = self.found, (*self.places, self.asked.best)
+        assert found.score_total is not None
+        scores = found.scores - found.score_total[:, None]
+        logprobs = values_of(found, self.asked) - found.total[:, None]
+        return Ranking(found.columns.view(shape), scores.view(shape), logprobs.view(shape))
+
+
 def unread(asked: Asked) -> Readout | None:
     """Where logits are always written."""
     return None
@@ -40,9 +55,10 @@ def unread(asked: Asked) -> Readout | None:
 
 def target_draws(read: Read, rows: RowSampling, counter: Tensor) -> Draws | None:
     """Draws at absolute positions `counter` [R, T], as `coupled_sample` of `scores` makes them."""
-    if not _plain(rows) or rows.any_penalty:
+    keep = _kept(rows, counter)
+    if rows.any_penalty or (keep is None and not _plain(rows)):
         return None
-    found = read(_question(rows, counter, coupled=True))
+    found = read(_question(rows, counter, coupled=True)._replace(keep=keep))
     if found is None:
         return None
     shape = counter.shape
@@ -57,15 +73,25 @@ def draft_ranking(
 
     `counter` [R, T] are absolute positions, `ids` [V] the target's ids of the columns, None where they are equal.
     """
+    reading = draft_reading(read, rows, counter, best, ids, coupled)
+    return None if reading is None else reading.ranking()
+
+
+def draft_reading(
+    read: Read,
+    rows: RowSampling,
+    counter: Tensor,
+    best: int,
+    ids: Tensor | None,
+    coupled: bool,
+    keys: Tensor | None = None,
+) -> Reading | None:
+    """`draft_ranking` for those who normalise on their way; `keys` [R] are of the noise, where somebody made them."""
     if not _plain(rows):
         return None
-    asked = _question(rows, counter, coupled)._replace(best=best, ids=ids, ranked=True)
+    asked = _question(rows, counter, coupled, keys)._replace(best=best, ids=ids, ranked=True)
     found = read(asked)
-    if found is None or found.score_total is None:
-        return None
-    shape = (*counter.shape, best)
-    scores, logprobs = found.scores - found.score_total[:, None], values_of(found, asked) - found.total[:, None]
-    return Ranking(found.columns.view(shape), scores.view(shape), logprobs.view(shape))
+    return None if found is None or found.score_total is None else Reading(found, asked, counter.shape)
 
 
 def _plain(rows: RowSampling) -> bool:
@@ -73,12 +99,22 @@ def _plain(rows: RowSampling) -> bool:
     return not (rows.any_top_k or rows.any_top_p or rows.any_min_p)
 
 
-def _question(rows: RowSampling, counter: Tensor, coupled: bool) -> Asked:
+def _kept(rows: RowSampling, counter: Tensor) -> Keep | None:
+    """The rows' filters at places `counter` [R, T]; None where there are none, or where they have to see all scores."""
+    width = rows.width if rows.any_top_k or rows.any_top_p else 1
+    if _plain(rows) or not width:
+        return None
+    return Keep(width, lambda best: lowest_kept(best.view(*counter.shape, width), rows).flatten(0, 1))
+
+
+def _question(rows: RowSampling, counter: Tensor, coupled: bool, keys: Tensor | None = None) -> Asked:
     """About every place of `counter` [R, T] as a row of its own."""
     if rows.all_greedy:
         return Asked()
     temperature = rows.temperature[:, None].expand(counter.shape).flatten()
-    return Asked(temperature=temperature, keys=_keys(rows, counter) if coupled else None)
+    if coupled:
+        keys = _keys(rows, counter) if keys is None else keys[:, None].expand(counter.shape).flatten()
+    return Asked(temperature=temperature, keys=keys)
 
 
 def _keys(rows: RowSampling, counter: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from speculator.errors import DraftNotFoundError
-from speculator.sampling import RowSampling
-from speculator.types import SamplingParams
+from speculator.sampling import GREEDY_BELOW, RowSampling
+from speculator.types import Rule, SamplingParams
 
 
 class Rows:
@@ -47,6 +47,15 @@ class Rows:
         self._q.pop(row, None)
         self._samplings.clear()
         self.params[row], self.speculate[row] = SamplingParams(), False
+
+    def coupled(self, row: int, chain: bool) -> bool:
+        """Whether verdicts on a row's draft, a `chain` or a tree, are the coupled rule's.
+
+        When greedy all rules are one, but for trees that block verification refuses.
+        """
+        params = self.params[row]
+        greedy = params.temperature < GREEDY_BELOW and (chain or params.rule is not Rule.BLOCK)
+        return params.rule is Rule.COUPLED or greedy
 
     def sampling(self, rows: Sequence[int]) -> RowSampling:
         """The sampling parameters of a batch as device tensors; kept until a row is opened or closed."""

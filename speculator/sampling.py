@@ -239,8 +239,17 @@ def _penalised(values: Tensor, penalty: Tensor, seen: Tensor | None) -> Tensor:
 def _lowest_kept(values: Tensor, rows: RowSampling) -> Tensor:
     """The lowest score [R, T, 1] that the filters keep: each of them is a threshold."""
     if not (rows.any_top_k or rows.any_top_p):
-        return _min_p_floor(values.amax(-1, keepdim=True), rows)
-    ranked = _best(values, rows.width)
+        return lowest_kept(values.amax(-1, keepdim=True), rows)
+    return lowest_kept(_best(values, rows.width), rows)
+
+
+def lowest_kept(ranked: Tensor, rows: RowSampling) -> Tensor:
+    """The lowest score [R, T, 1] that the filters keep, from the best scores [R, T, K] in descending order.
+
+    K is `width` where that is not 0, all scores where it is; one where only min-p filters.
+    """
+    if not (rows.any_top_k or rows.any_top_p):
+        return _min_p_floor(ranked[..., :1], rows)
     floor = _ranked_floor(ranked, rows)
     return torch.maximum(floor, _min_p_floor(ranked[..., :1], rows)) if rows.any_min_p else floor
 

@@ -209,7 +209,7 @@ class ParallelDecoder(Decoder):
         """Each rank answers for its own rows of the vocabulary, and a few numbers of each are gathered."""
         rows, first = self.head_weight.shape[0], self.axis.rank * self.head_weight.shape[0]
         fewest = self.whole.vocab_size - (self.axis.size - 1) * rows
-        if asked.best > fewest:
+        if asked.best > fewest or (asked.keep is not None and 2 * asked.keep.width > rows):
             return None
         mine = min(rows, self.whole.vocab_size - first)  # padding is no token
         ids = asked.ids
@@ -223,7 +223,12 @@ class ParallelDecoder(Decoder):
         if found is not None or (asked.keys is not None and self.noise is None):
             return found
         logits = self.product(final.flatten(0, -2), weight, None)
-        return read_logits(logits, asked, self.noise or _no_noise)
+        return read_logits(logits, asked, self.noise or _no_noise, self._best_of_all)
+
+    def _best_of_all(self, own: Tensor) -> Tensor:
+        """The best values [N, K] of all ranks' columns from the best of each rank's."""
+        found = self.axis.gather(own).movedim(0, 1).flatten(1)
+        return found.topk(own.shape[1], dim=1).values
 
     def table(self, shard: Tensor) -> Tensor:
         """The whole of a table over the vocabulary of which each rank holds a `shard`."""

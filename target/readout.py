@@ -9,6 +9,7 @@ weights, never on the number of rows. Among equal scores the smallest column win
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,10 +24,18 @@ ROWS = 64  # with more, one pass over the weights no longer pays for all of them
 READ = Config(block_n=64, block_k=128, stages=3)  # two programs of a Hopper multiprocessor at a time
 
 
+class Keep(NamedTuple):
+    """A filter that knows from a row's best values which others are excluded."""
+
+    width: int  # how many of the best it has to see
+    floor: Callable[[Tensor], Tensor]  # those [N, width] in descending order -> the least that is kept [N, 1]
+
+
 class Asked(NamedTuple):
     """A question about the logits l of N rows over V columns.
 
-    A row's values are l / temperature (l where that is 0), its scores values + noise where the temperature is above 0.
+    A row's values are l / temperature (l where that is 0), its scores values + noise where the temperature is above 0,
+    and -inf where `keep` excludes the value.
     """
 
     best: int = 1  # how many of the best scores, 1..MOST
@@ -34,6 +43,7 @@ class Asked(NamedTuple):
     keys: Tensor | None = None  # [N] int64, which noise; None is no noise. Needs a temperature.
     ids: Tensor | None = None  # [V] int64, what the noise calls every column; None is 0..V - 1
     ranked: bool = False  # totals of values and of scores, instead of the total of logits
+    keep: Keep | None = None  # None keeps all
 
 
 class Readout(NamedTuple):
@@ -51,14 +61,20 @@ Noise = Callable[[Tensor, Tensor], Tensor]  # (keys [N], ids [V]) -> standard Gu
 Reader = Callable[[Tensor, Tensor, Product, Asked], Readout | None]  # (x [N, H], weight [V, H], product, asked)
 
 
-def read_logits(logits: Tensor, asked: Asked, noise: Noise) -> Readout:
-    """The twin: answer from logits [N, V] of any type."""
+def read_logits(logits: Tensor, asked: Asked, noise: Noise, join: Callable[[Tensor], Tensor] | None = None) -> Readout:
+    """The twin: answer from logits [N, V] of any type.
+
+    Where these are a part of the columns, `join` makes the best values [N, K] of all columns from those of the part.
+    """
     exact = logits.float()
     values = exact if asked.temperature is None else exact / _divisor(asked.temperature)[:, None]
     scores = values
     if asked.keys is not None and asked.temperature is not None:
         ids = torch.arange(logits.shape[1], device=logits.device) if asked.ids is None else asked.ids
         scores = values + noise(asked.keys, ids) * (asked.temperature > 0)[:, None]
+    if asked.keep is not None:
+        best = _best_values(values, asked.keep.width)
+        scores = scores.masked_fill(values < asked.keep.floor(join(best) if join else best), -math.inf)
     columns = _best_columns(scores, asked.best)
     return Readout(
         columns=columns,
@@ -74,6 +90,12 @@ def _best_columns(scores: Tensor, best: int) -> Tensor:
     if best == 1:
         return scores.argmax(-1, keepdim=True)
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :best]  # topk breaks ties as it likes
+
+
+def _best_values(values: Tensor, width: int) -> Tensor:
+    """[N, width] in descending order, -inf past the last column."""
+    best = values.topk(min(width, values.shape[1]), dim=1).values
+    return torch.nn.functional.pad(best, (0, width - best.shape[1]), value=-math.inf)
 
 
 def values_of(readout: Readout, asked: Asked) -> Tensor:
@@ -114,7 +136,7 @@ def choose_readers(device: torch.device, *models: nn.Module | None) -> int:
 def read_by_kernel(x: Tensor, weight: Tensor, product: Product, asked: Asked) -> Readout | None:
     """Answer in one pass over the weights; None where the logits have to be written first."""
     config = reading_config(product, weight, x.shape[0])
-    if config is None or asked.best > min(MOST, weight.shape[0]):
+    if config is None or asked.keep is not None or asked.best > min(MOST, weight.shape[0]):
         return None
     from target.kernels.lm_head import launch_read
 

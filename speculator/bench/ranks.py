@@ -1,8 +1,8 @@
 """`speculator bench ranks`: passes and rounds of a published shape over 1, 2 and 4 ranks, side by side in one run.
 
-Owns: the gangs of one run, one after the other, and the ratios to one rank. Weights are random, made on each device
+Owns: the gangs of one run, one after the other, and the ratios to the first. Weights are random, made on each device
 for its shard, and acceptance is forced, so every output says that it is synthetic. With `--pipeline` it measures stages
-(ranks_stages.py), with `--starts` nothing: it breaks gangs instead (ranks_trials.py).
+(ranks_stages.py), with `--starts` nothing: it breaks gangs instead (ranks_starts.py).
 """
 
 from __future__ import annotations
@@ -13,37 +13,36 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from speculator.bench.outputs import check_files
 from speculator.bench.provenance import provenance
-from speculator.bench.ranks_trials import run_trials, serve_command
+from speculator.bench.ranks_shapes import WHOLE, Shape, build_shard, check_fits, shape_of
+from speculator.bench.ranks_starts import run_starts
+from speculator.bench.ranks_starts import show as show_starts
 from speculator.bench.round_forced import Depths
 from speculator.bench.round_play import MODES, WRAP, play, recorded, time_pass
-from speculator.bench.synthetic import SHAPES, eagle3_record, random_weights
-from speculator.bundled import find_pair
 from speculator.config import Config, load
 from speculator.engine import Engine
 from speculator.errors import ConfigError, EngineFailedError
-from speculator.heads.base import DraftHead
-from speculator.heads.load import HEADS, lend
-from speculator.heads.shard import shard_record
 from speculator.load import SCRATCH_TOKENS, build_engine, resolve_device
+from speculator.passes import Verified
 from speculator.ranks.engine import Follower, LeadEngine
 from speculator.ranks.launch import variables
 from speculator.ranks.team import Team
 from speculator.recorded import Sizes
 from speculator.types import DraftShape
-from target.config import parse_config
-from target.decoder import Decoder
-from target.errors import PlanError
-from target.parallel import ALONE, ParallelDecoder, add_up, check_divides
+from target.readout import Asked
 
 QUERIES = (1, 8)
+SIZES = (1, 2, 4)
 RESULT = "RANKS "  # before what rank 0 of a gang prints for the process that started it
 SECONDS = 600  # that a gang may take
 STALL = 120.0
@@ -59,10 +58,6 @@ class Unturned(Depths):
 def main(argv: list[str] | None = None) -> int:
     """Run the bench, or one rank of it; exit code 1 when a start did not end cleanly."""
     args = _parser().parse_args(argv)
-    if args.starts:
-        pair = find_pair(None)
-        command = serve_command(Path(pair.target), Path(pair.head), 2)
-        return int(any(ending.wrong for ending in run_trials(command, args.starts, 2, args.seed)))
     if args.pipeline:
         from speculator.bench.ranks_stages import check_stages_fit
 
@@ -70,20 +65,24 @@ def main(argv: list[str] | None = None) -> int:
         check_stages_fit(args)
     if args.worker:
         return _worker(args)
-    _check(args)
-    report = run(args)
+    check_files(args.json)
+    broken = args.starts is not None
+    found = _starts(args) if broken else run(args)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    _show(report)
-    return 0
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (show_starts if broken else _show)(found)
+    return int(bool(found.get("wrong")))
 
 
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
+    p.add_argument("--shape", choices=list(WHOLE), default="llama-3.1-8b")
+    p.add_argument("--small", action="store_true", help="as many heads and everything else tiny: shows that it runs")
     p.add_argument("--pipeline", type=int, default=0, help="measure a pipeline of so many stages, beside one rank")
-    p.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="sizes of gangs; ratios are to the first")
-    p.add_argument("--device", default="auto", help="cuda takes one device a rank")
+    p.add_argument(
+        "--ranks", type=int, nargs="+", help="sizes of gangs, of 1, 2 and 4 those that fit; ratios to the first"
+    )
+    p.add_argument("--device", default="auto", help="cuda takes one device a rank; auto is cpu with --starts")
     p.add_argument("--graphs", choices=MODES, default="round")
     p.add_argument("--head-parallel", choices=("replicate", "shard"), default="replicate")
     p.add_argument("--batches", type=int, nargs="+", default=[1, 8])
@@ -92,39 +91,47 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--accept", type=float, default=4.0, help="tokens that a round is forced to commit, on average")
     p.add_argument("--rounds", type=int, default=40)
     p.add_argument("--json", type=Path)
-    p.add_argument("--starts", type=int, default=0, help="break so many gangs of the bundled pair on the CPU instead")
+    p.add_argument("--starts", type=int, help="instead start so many gangs of a tiny pair and break most of them")
     p.add_argument("--seed", type=int, default=0, help="of the faults")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return p
 
 
-def _check(args: argparse.Namespace) -> None:
-    device, config = resolve_device(args.device), parse_config(SHAPES[args.shape][0])
-    most = max(args.ranks)
-    if device.type == "cuda" and most > torch.cuda.device_count():
-        raise ConfigError(f"{most} ranks need {most} CUDA devices, and this machine has {torch.cuda.device_count()}")
-    try:
-        for size in args.ranks if not args.pipeline else ():
-            check_divides(config, size)
-    except PlanError as error:
-        raise ConfigError(str(error)) from None
+def _starts(args: argparse.Namespace) -> dict[str, Any]:
+    device = "cpu" if args.device == "auto" else args.device
+    return run_starts(args.starts, [size for size in args.ranks or SIZES if size > 1], args.seed, device)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole report, gang by gang."""
-    gangs = [_gang(args, size) for size in args.ranks]
+    shape = shape_of(args.shape, args.small)
     if args.pipeline:
-        return _report(args, gangs)
+        return _report(args, shape.name, [_gang(args, size) for size in args.ranks])
+    gangs = [_gang(args, size) for size in _sizes(args, shape)]
     for gang in gangs:
         for row, first in zip(gang["rows"], gangs[0]["rows"], strict=True):
             row["ratio"] = round(row["ms"] / first["ms"], 3)
-    return _report(args, gangs)
+    return _report(args, shape.name, gangs)
 
 
-def _report(args: argparse.Namespace, gangs: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(args: argparse.Namespace, shape: str, gangs: list[dict[str, Any]]) -> dict[str, Any]:
     forced = "not forced" if args.pipeline else f"forced to {args.accept:g} tokens a round"
     says = f"synthetic: random weights, acceptance {forced}"
-    return {"bench": "ranks", "says": says, "shape": args.shape, "provenance": provenance(), "gangs": gangs}
+    return {"bench": "ranks", "says": says, "shape": shape, "provenance": provenance(), "gangs": gangs}
+
+
+def _sizes(args: argparse.Namespace, shape: Shape) -> Sequence[int]:
+    """The sizes that were named, each of which must fit; else those of the usual ones that do."""
+    device, fitting, why = resolve_device(args.device), list[int](), list[ConfigError]()
+    for size in args.ranks or SIZES:
+        try:
+            check_fits(shape, size, args.head_parallel, device)
+            fitting.append(size)
+        except ConfigError as error:
+            why.append(error)
+    if why and (args.ranks or not fitting):
+        raise why[0]
+    return fitting
 
 
 def _gang(args: argparse.Namespace, size: int) -> dict[str, Any]:
@@ -133,21 +140,34 @@ def _gang(args: argparse.Namespace, size: int) -> dict[str, Any]:
     shared = variables(size, "", "")
     ranks = [_start(command, shared, rank) for rank in range(size)]
     try:
-        said, _ = ranks[0].communicate(timeout=SECONDS)
+        failed = _wait(ranks)
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+    said = [process.communicate()[0] for process in ranks][0]
     found = [line for line in said.splitlines() if line.startswith(RESULT)]
-    if not found:
-        raise EngineFailedError(f"{size} ranks measured nothing; rank 0 ended with exit code {ranks[0].returncode}")
+    if failed or not found:
+        raise EngineFailedError(f"{size} ranks measured nothing: {failed or 'rank 0 said nothing'}")
     return {"ranks": size, **json.loads(found[0].removeprefix(RESULT))}
+
+
+def _wait(ranks: Sequence[subprocess.Popen[str]]) -> str:
+    """Until rank 0 has ended; which rank failed before, "" for none. What rank 0 prints fits into its pipe."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if ranks[0].poll() == 0:
+            return ""
+        failed = [(rank, process.returncode) for rank, process in enumerate(ranks) if process.poll()]
+        if failed:
+            return "rank {} ended with exit code {}".format(*failed[0])
+        time.sleep(0.05)
+    return f"it was not done after {SECONDS} s"
 
 
 def _own(args: argparse.Namespace) -> list[str]:
     same = ("shape", "device", "graphs", "head_parallel", "context", "depth", "accept", "rounds", "pipeline")
     flags = [word for name in same for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    return [*flags, "--batches", *map(str, args.batches)]
+    return [*flags, "--batches", *map(str, args.batches), *(["--small"] if args.small else [])]
 
 
 def _start(command: list[str], shared: Mapping[str, str], rank: int) -> subprocess.Popen[str]:
@@ -190,26 +210,8 @@ def _stages(args: argparse.Namespace, size: int, device: torch.device) -> list[d
 
 
 def _engine(args: argparse.Namespace, team: Team) -> Engine:
-    return build_engine(_config(args), team.device, lambda: _shard(args.shape, team, args.head_parallel), None, team)
-
-
-def _shard(name: str, team: Team, divided: str) -> tuple[Decoder, DraftHead]:
-    """A rank's shard of a random target, and of a random head or a whole one that is the same on all ranks."""
-    raw, draft_vocab = SHAPES[name]
-    dtype: torch.dtype = getattr(torch, raw["torch_dtype"])
-    with torch.device("meta"):
-        target = ParallelDecoder(parse_config(raw), team.mesh.tensor)
-    torch.manual_seed(team.rank)
-    target = random_weights(target, dtype, team.device)
-    record = eagle3_record(target.whole, draft_vocab)
-    shared, axis = lend(record, target), team.mesh.tensor if divided == "shard" else ALONE
-    with torch.device("meta"):
-        head = HEADS["eagle3"](shard_record(record, axis.size), shared, target.config.num_layers)
-    add_up(head, axis)
-    torch.manual_seed(0)  # what every rank holds whole must be the same; that pieces are too does not show in times
-    head = random_weights(head, dtype, team.device)
-    head.target_ids = torch.arange(draft_vocab, device=team.device)
-    return target, head
+    shape = shape_of(args.shape, args.small)
+    return build_engine(_config(args), team.device, lambda: build_shard(shape, team, args.head_parallel), None, team)
 
 
 def _config(args: argparse.Namespace, more: Mapping[str, Any] | None = None) -> Config:
@@ -223,8 +225,14 @@ def _config(args: argparse.Namespace, more: Mapping[str, Any] | None = None) -> 
 def _passes(engine: Engine, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The target alone, all ranks at once."""
     torch.manual_seed(0)
-    timed = [(queries, time_pass(engine, queries, args.context, args.rounds)) for queries in QUERIES]
+    timed = [(queries, time_pass(engine, queries, args.context, args.rounds, _greedy)) for queries in QUERIES]
     return [{"what": f"pass of {queries}", "rows": 1, "ms": round(1e3 * seconds, 4)} for queries, seconds in timed]
+
+
+def _greedy(verified: Verified) -> Tensor:
+    """The best tokens, as a server asks for them: without the logits where ranks can say."""
+    found = verified.read(Asked())
+    return verified.logits.argmax(-1) if found is None else found.columns
 
 
 def _rounds(engine: Engine, args: argparse.Namespace, team: Team, batch: int) -> list[dict[str, Any]]:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from speculator.bench.ranks_shapes import Shape, shape_of
 from speculator.bench.round_floor import settle
 from speculator.bench.round_play import WARM, WRAP
-from speculator.bench.synthetic import SHAPES, eagle3_record, random_weights
+from speculator.bench.synthetic import eagle3_record, random_weights
 from speculator.config import Config
 from speculator.engine import Engine
 from speculator.errors import ConfigError
@@ -31,7 +32,6 @@ from speculator.ranks.stages import StageEngine
 from speculator.ranks.team import Team
 from speculator.staged import StagedPasses, StagedRecorded
 from speculator.types import Draft, DraftShape, SamplingParams, Step, StepResult
-from target.config import parse_config
 from target.decoder import Decoder
 from target.errors import PlanError
 from target.pipeline import PIPELINE, Stage, check_stages, cut_to_stage
@@ -40,15 +40,16 @@ from target.pipeline import PIPELINE, Stage, check_stages, cut_to_stage
 def check_stages_fit(args: argparse.Namespace) -> None:
     """ConfigError for stages that the shape does not have."""
     try:
-        check_stages(parse_config(SHAPES[args.shape][0]), args.pipeline)
+        check_stages(shape_of(args.shape, args.small).config, args.pipeline)
     except PlanError as error:
         raise ConfigError(str(error)) from None
 
 
 def measure_stages(args: argparse.Namespace, team: Team, config: Config) -> list[dict[str, Any]]:
     """On every rank: rows of the report, which only rank 0 has in full."""
-    record = eagle3_record(parse_config(SHAPES[args.shape][0]), SHAPES[args.shape][1])
-    engine = build_engine(config, team.device, lambda: _pair(args.shape, team), None, team, record)
+    shape = shape_of(args.shape, args.small)
+    record = eagle3_record(shape.config, shape.draft_vocab)
+    engine = build_engine(config, team.device, lambda: _pair(shape, team), None, team, record)
     parts = [row for batch in args.batches for row in _parts(engine, args, team, batch)]
     if team.rank:
         Follower(engine, team.channel).run()
@@ -57,23 +58,21 @@ def measure_stages(args: argparse.Namespace, team: Team, config: Config) -> list
     return parts + [_together(engine, args, batch, under_way) for batch in args.batches for under_way in lanes]
 
 
-def _pair(name: str, team: Team) -> tuple[Decoder, DraftHead | None]:
+def _pair(shape: Shape, team: Team) -> tuple[Decoder, DraftHead | None]:
     """This stage of a random target, and on the last one a random head."""
-    raw, draft_vocab = SHAPES[name]
-    dtype: torch.dtype = getattr(torch, raw["torch_dtype"])
     with torch.device("meta"):
-        target = Decoder(parse_config(raw))
+        target = Decoder(shape.config)
         if team.stage.size > 1:
             cut_to_stage(target, team.stage, embeds=team.stage.last)
     torch.manual_seed(team.rank)
-    target = random_weights(target, dtype, team.device)
+    target = random_weights(target, shape.dtype, team.device)
     if not team.stage.last:
         return target, None
-    record = eagle3_record(target.config, draft_vocab)
+    record = eagle3_record(target.config, shape.draft_vocab)
     with torch.device("meta"):
         head = HEADS["eagle3"](record, lend(record, target), len(target.cache_layers))
-    head = random_weights(head, dtype, team.device)
-    head.target_ids = torch.arange(draft_vocab, device=team.device)
+    head = random_weights(head, shape.dtype, team.device)
+    head.target_ids = torch.arange(shape.draft_vocab, device=team.device)
     return target, head
 
 

@@ -9,7 +9,9 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 
-VARIABLE = "SPECULATOR_FAULT"  # rank:phase:times:kind, as "2:target:3:kill": at the third time of that phase
+# rank:phases:times:kind, as "2:target|head:3:kill": at the third time of any of these phases
+VARIABLE = "SPECULATOR_FAULT"
+NOW = "fault now: "  # begins the line on stderr just before it happens
 
 
 def fault_of(rank: int, environ: Mapping[str, str]) -> Callable[[str], None]:
@@ -17,13 +19,14 @@ def fault_of(rank: int, environ: Mapping[str, str]) -> Callable[[str], None]:
     text = environ.get(VARIABLE, "")
     if not text:
         return lambda phase: None
-    who, phase, times, kind = text.split(":")
-    act, left = FAULTS[kind], [int(times)]
+    who, phases, times, kind = text.split(":")
+    names, act, left = tuple(phases.split("|")), FAULTS[kind], [int(times)]
 
     def fault(entered: str) -> None:
-        left[0] -= entered.startswith(phase)
+        left[0] -= entered.startswith(names)
         if int(who) == rank and left[0] == 0:
             left[0] = -1
+            os.write(2, f"{NOW}rank {rank}, {kind} in {entered}\n".encode())
             act()
 
     return fault

@@ -272,9 +272,9 @@ class Member(Watch):
         self._next = 0.0
 
     def fail(self, why: str) -> None:
-        """Tell rank 0 that this rank cannot go on, and wait a moment for its word."""
+        """Tell rank 0 that this rank cannot go on, and wait a moment for its word, or for that on its own loss."""
         self._line.send(failed=why)
-        self._ended.wait(2.0)
+        self._thread.join(2.0)  # which has heard the verdict, and told it, when it ends
 
     def _look(self) -> None:
         now = time.monotonic()

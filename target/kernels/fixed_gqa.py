@@ -18,15 +18,19 @@ index: each walks its own last blocks, with the other queries of the tile masked
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from target.batch import Batch
-from target.kernels.gqa import LOG2E, _absorb, _ones, packed
+from target.kernels.gqa import LOG2E, _absorb, _ones, _pad, _shared_memory, packed
 
 FAR = tl.constexpr(0x3FFFFFFF)
+# a layer is served by as few variants as possible, so that it is known beforehand whether all of them compile
+LENGTHS = ("pages_ptr", "context_ptr", "counts_ptr", "masks_ptr")
 PAIRS = 64  # (query, head) pairs of a tile: what wgmma takes at least
 SPAN, NEAR, FAR_SPAN = 256, 8192, 2048  # tokens of a split up to index NEAR, and of those after
 CHUNK = 16  # splits that are joined at a time
@@ -69,10 +73,13 @@ def _path(request, query, used, context, offset, masks_ptr, mask_row, mask_colum
 
 
 @triton.jit(
-    do_not_specialize=["offset", "window", "bound", "first", "after", "page_row", "mask_row", "mask_column", "queries"]
-)
+    do_not_specialize=[
+        "offset", "window", "bound", "first", "after", "queries", "q_row", "q_token", "page_row", "mask_row",
+        "mask_column", *LENGTHS,
+    ]
+)  # fmt: skip
 def split_kernel(
-    q_ptr,  # [R, T, heads * dim], any strides in R and T
+    q_ptr,  # [R, T, heads * dim], rows and tokens whole heads apart
     store_ptr,  # [slots, 2, kv_heads * dim]
     pages_ptr,  # [R, columns] int64
     context_ptr,  # [R] int64
@@ -88,7 +95,7 @@ def split_kernel(
     first,
     after,
     queries,
-    q_row,
+    q_row,  # in heads
     q_token,
     page_row,
     mask_row,
@@ -133,20 +140,21 @@ def split_kernel(
         shared = last
     whole, shared = tl.minimum(whole, last), tl.minimum(shared, last)
     column = tl.arange(0, DIM_PAD)[None, :]
-    row = request.to(tl.int64) * q_row + query.to(tl.int64) * q_token + (kv_head * GROUPS + pair % GROUPS) * DIM
-    q = tl.load(q_ptr + row[:, None] + column, mask=live[:, None] & (column < DIM), other=0.0)
+    head = request.to(tl.int64) * q_row + query.to(tl.int64) * q_token + kv_head * GROUPS + pair % GROUPS
+    q = tl.load(q_ptr + head[:, None] * DIM + column, mask=live[:, None] & (column < DIM), other=0.0)
     table = pages_ptr + request * page_row
     keys_ptr = store_ptr + kv_head * DIM
     acc = tl.zeros([TILE, DIM_PAD], tl.float32)
     top = tl.full([TILE], float("-inf"), tl.float32)
     mass = tl.zeros([TILE], tl.float32)
-    for block in tl.range(begin, whole, num_stages=STAGES):
-        index = block * BLOCK + tl.arange(0, BLOCK)
-        slots = tl.load(table + index // PAGE) * PAGE + index % PAGE
-        at = keys_ptr + slots[:, None] * (2 * SIZE) + column
-        keys = tl.load(at, mask=column < DIM, other=0.0)
-        values = tl.load(at + SIZE, mask=column < DIM, other=0.0)
-        acc, top, mass = _absorb(q, keys, values, live, acc, top, mass, scale, False)
+    if not WINDOWED:  # as a loop of no blocks its pipeline would leave a wait for nothing, on which ptxas crashes
+        for block in tl.range(begin, whole, num_stages=STAGES):
+            index = block * BLOCK + tl.arange(0, BLOCK)
+            slots = tl.load(table + index // PAGE) * PAGE + index % PAGE
+            at = keys_ptr + slots[:, None] * (2 * SIZE) + column
+            keys = tl.load(at, mask=column < DIM, other=0.0)
+            values = tl.load(at + SIZE, mask=column < DIM, other=0.0)
+            acc, top, mass = _absorb(q, keys, values, live, acc, top, mass, scale, False)
     for block in tl.range(tl.maximum(begin, whole), shared, num_stages=1):
         index = block * BLOCK + tl.arange(0, BLOCK)
         seen = index[None, :] <= own[:, None]
@@ -159,9 +167,9 @@ def split_kernel(
         values = tl.load(at + SIZE, mask=used[:, None] & (column < DIM), other=0.0)
         acc, top, mass = _absorb(q, keys, values, seen, acc, top, mass, scale, True)
     if TREE:
-        head = first + tl.program_id(0) * TILE // GROUPS
+        least = first + tl.program_id(0) * TILE // GROUPS
         tail = tl.minimum(first + (tl.program_id(0) * TILE + TILE - 1) // GROUPS + 1, tl.minimum(after, count))
-        for one in tl.range(head, tail, num_stages=1):
+        for one in tl.range(least, tail, num_stages=1):
             mask, mine = _path(
                 request, one, one < count, context, offset, masks_ptr, mask_row, mask_column, TREE
             )  # fmt: skip
@@ -197,7 +205,9 @@ def split_kernel(
     tl.store(lse_ptr + number, tl.where(found, top + tl.log2(mass), float("-inf")), mask=part)
 
 
-@triton.jit(do_not_specialize=["offset", "bound", "first", "after", "mask_row", "mask_column", "queries"])
+@triton.jit(
+    do_not_specialize=["offset", "bound", "first", "after", "queries", "mask_row", "mask_column", *LENGTHS[1:]]
+)  # fmt: skip
 def combine_kernel(
     partial_ptr,  # [R, after - first, heads, bound, dim] float32
     lse_ptr,  # [R, after - first, heads, bound] float32, base 2
@@ -257,7 +267,7 @@ def launch_attend(batch: Batch, q: Tensor, store: Tensor, page_size: int, window
 
     The pass's own keys and values are stored already. Padding gives zeros.
     """
-    q = packed(q)
+    q = _whole_heads(packed(q))
     rows, queries = q.shape[:2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     step = max(1, SLICE_TOKENS // rows)
@@ -270,32 +280,61 @@ def _launch_slice(
     batch: Batch, q: Tensor, store: Tensor, out: Tensor, page_size: int, window: int | None, first: int, after: int,
 ) -> None:  # fmt: skip
     rows, queries, heads, dim = q.shape
-    kv_heads, bound = store.shape[2], splits_below(batch.longest)
-    partial = lse = out
-    if bound > 1:
-        partial = torch.empty(rows, after - first, heads, bound, dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(rows, after - first, heads, bound, dtype=torch.float32, device=q.device)
-    tree = batch.ancestors is not None
+    kv_heads, bound, tree = store.shape[2], splits_below(batch.longest), batch.ancestors is not None
+    some = (rows, after - first, heads, bound) if bound > 1 else (0,)
+    partial = torch.empty(*some, dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(some, dtype=torch.float32, device=q.device)
     masks = batch.positions if batch.ancestors is None else batch.ancestors
-    narrow = q.element_size() == 2
-    dim_pad = max(16, int(triton.next_power_of_2(dim)))
     numbers = (batch.offset, bound, first, after, queries)
-    constants = dict(
-        DIM=dim, DIM_PAD=dim_pad, SPAN=SPAN, NEAR=NEAR, FAR_SPAN=FAR_SPAN, TREE=tree, enable_fp_fusion=False
-    )
     grid = (triton.cdiv((after - first) * (heads // kv_heads), PAIRS), rows * kv_heads, bound)
     split_kernel[grid](
         q, store, batch.pages, batch.context, batch.counts, masks, out, partial, lse, dim**-0.5 * LOG2E,
-        batch.offset, window or 0, *numbers[1:], *q.stride()[:2], batch.pages.stride(0), *masks.stride(),
-        KV_HEADS=kv_heads, GROUPS=heads // kv_heads, PAGE=page_size, BLOCK=64 if narrow else 32, TILE=PAIRS,
-        WINDOWED=window is not None, STAGES=_stages(dim_pad, q.element_size()),
-        num_warps=4 if dim_pad <= 128 else 8, **constants,
+        batch.offset, window or 0, *numbers[1:], q.stride(0) // dim, q.stride(1) // dim, batch.pages.stride(0),
+        *masks.stride(), **_split_constants(heads, store, page_size, tree, window is not None),
     )  # fmt: skip
     if bound > 1:
         combine_kernel[(rows * (after - first) * heads,)](
-            partial, lse, batch.context, batch.counts, masks, out, *numbers, *masks.stride(), HEADS=heads, EACH=CHUNK,
-            num_warps=4, **constants,
+            partial, lse, batch.context, batch.counts, masks, out, *numbers, *masks.stride(),
+            **_combine_constants(heads, dim, tree),
         )  # fmt: skip
+
+
+def compile_all(heads: int, store: Tensor, page_size: int, windowed: bool) -> None:
+    """Compile whatever launches over a layer's storage may need, and run nothing. What the compiler raises, it raises.
+
+    OutOfResources where a program needs more shared memory than the device of `store` has.
+    Passes with and without a tree must both have their kernels, or one of them would round unlike the other.
+    """
+    dtype, dim, lengths, sums = store.dtype, store.shape[3], [torch.int64] * 4, [torch.float32] * 2
+    for tree in (False, True):
+        split = split_kernel.warmup(
+            dtype, dtype, *lengths, dtype, *sums, dim**-0.5 * LOG2E, *[0] * 11,
+            **_split_constants(heads, store, page_size, tree, windowed), grid=(1,),
+        )  # fmt: skip
+        if split is not None and split.metadata.shared > _shared_memory(store.device):  # interpreted there is none
+            raise triton.OutOfResources(split.metadata.shared, _shared_memory(store.device), "shared memory")
+        combine_kernel.warmup(
+            *sums, *lengths[1:], dtype, *[0] * 7, **_combine_constants(heads, dim, tree), grid=(1,)
+        )  # fmt: skip
+
+
+def _split_constants(heads: int, store: Tensor, page_size: int, tree: bool, windowed: bool) -> dict[str, Any]:
+    kv_heads, dim, size = store.shape[2], store.shape[3], store.element_size()
+    return dict(
+        KV_HEADS=kv_heads, GROUPS=heads // kv_heads, PAGE=page_size, BLOCK=64 if size == 2 else 32, TILE=PAIRS,
+        WINDOWED=windowed, STAGES=_stages(_pad(dim), size), num_warps=4 if _pad(dim) <= 128 else 8,
+        **_constants(dim, tree),
+    )  # fmt: skip
+
+
+def _combine_constants(heads: int, dim: int, tree: bool) -> dict[str, Any]:
+    return dict(HEADS=heads, EACH=CHUNK, num_warps=4, **_constants(dim, tree))
+
+
+def _constants(dim: int, tree: bool) -> dict[str, Any]:
+    return dict(
+        DIM=dim, DIM_PAD=_pad(dim), SPAN=SPAN, NEAR=NEAR, FAR_SPAN=FAR_SPAN, TREE=tree, enable_fp_fusion=False
+    )  # fmt: skip
 
 
 def splits_below(length: int) -> int:
@@ -306,3 +345,8 @@ def splits_below(length: int) -> int:
 def _stages(dim_pad: int, itemsize: int) -> int:
     """The page number of a block is a load of its own, so the compiler gives each of the two half of the stages."""
     return 5 if dim_pad * itemsize <= 256 else 3 if itemsize == 2 else 1
+
+
+def _whole_heads(q: Tensor) -> Tensor:
+    """q with rows and tokens a whole number of heads apart."""
+    return q.contiguous() if any(step % q.shape[3] for step in q.stride()[:2]) else q

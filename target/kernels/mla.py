@@ -50,7 +50,7 @@ def _piece(place, length, parts):
     return ((place + 1) * parts - 1) // length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "parts", "offset", "grain"])
 def plan_kernel(
     context_ptr,  # [R] int64
     counts_ptr,  # [R] int64
@@ -129,7 +129,7 @@ def _absorb(q, q_rope, latent, rope, seen, acc, top, mass, scale, MASKED: tl.con
     return acc, new, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "requests", "parts", "columns"])
 def decode_kernel(
     q_ptr,  # [R, T, H, rank + rope]
     latents_ptr,  # [slots, rank + rope]
@@ -238,7 +238,7 @@ def decode_kernel(
             tl.store(out_ptr + row * RANK + rank, result.to(out_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "capacity"])
 def combine_kernel(
     partial_ptr,  # [R + parts, rows, rank] float32
     lse_ptr,  # [R + parts, rows] float32, base 2

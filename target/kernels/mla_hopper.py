@@ -116,7 +116,7 @@ def _softmax(
     return gl.exp2(scores * scale - base[:, None]), new, gl.exp2(top - base)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["offset", "requests", "parts", "columns"])
 def decode_kernel(
     q_blocks,  # descriptor of q [R * T * H, rank + rope] in [ROWS, rank]
     q_rope_blocks,  # and [ROWS, rope]

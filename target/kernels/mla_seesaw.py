@@ -287,7 +287,7 @@ def _idle():
     """The warps that set up the barriers: they give their registers to the two sides."""
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["offset", "requests", "parts", "columns"])
 def decode_kernel(
     q_blocks,  # descriptor of q [R * T * H, rank + rope] in [ROWS, rank / 2]
     q_rope_blocks,  # and [ROWS, rope]

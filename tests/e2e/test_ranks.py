@@ -111,6 +111,7 @@ def test_ranks_of_other_settings_end_before_they_load(pair: Pair) -> None:
         Fault(0, "load", 3, "kill"),
         Fault(1, "capture", 2, "memory"),
         Fault(1, "load", 7, "stop"),
+        Fault(0, "warm-up", 2, "kill"),
     ],
     ids=lambda fault: fault.text,
 )
@@ -120,9 +121,14 @@ def test_a_lost_rank_ends_all_with_one_sentence(fault: Fault, pair: Pair) -> Non
     assert fault.when != "serving" or ending.status == "UNAVAILABLE"
 
 
+def test_a_gang_that_is_left_alone_starts_and_ends_in_order(pair: Pair) -> None:
+    ending = trial(serve_command(pair.target, pair.head, 2, graphs="round"), None)
+    assert (ending.wrong, ending.code, ending.status, ending.said) == ("", 0, "OK", ""), ending
+
+
 def test_faults_of_a_run_are_of_every_kind() -> None:
     faults = list(random_faults(50, 4, seed=1))
-    assert len({(f.when, f.kind) for f in faults}) == 12
+    assert len({(f.when, f.kind) for f in faults}) == 15
     assert {f.rank for f in faults} == {0, 1, 2, 3}
     assert faults == list(random_faults(50, 4, seed=1))
 

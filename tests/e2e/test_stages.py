@@ -49,7 +49,7 @@ def text(address: str, prompt: tuple[int, ...]) -> list[int]:
 
 def test_sessions_on_stages_get_the_text_of_one_process(pair: Pair, alone: list[list[int]]) -> None:
     """Three sessions at once on two stages: groups of them are under way together."""
-    command = [*serve_command(pair.target, pair.head, 1, 2), "--set", "engine.max_sessions=3"]
+    command = [*serve_command(pair.target, pair.head, 1, stages=2), "--set", "engine.max_sessions=3"]
     with running([(command, {})]) as [server]:
         address = address_of(server)
         with ThreadPoolExecutor(3) as pool:
@@ -65,7 +65,7 @@ def test_sessions_on_stages_get_the_text_of_one_process(pair: Pair, alone: list[
     ids=lambda fault: fault.text,
 )
 def test_a_lost_stage_ends_all_with_one_sentence(fault: Fault, pair: Pair) -> None:
-    ending = trial(serve_command(pair.target, pair.head, 1, 2), fault)
+    ending = trial(serve_command(pair.target, pair.head, 1, stages=2), fault)
     assert ending.wrong == "" and ending.code != 0, ending
     assert fault.when != "serving" or ending.status == "UNAVAILABLE"
 
@@ -90,13 +90,13 @@ def test_wrong_input_is_a_sentence_before_any_stage_starts(flags: list[str], tex
 
 def test_a_head_of_another_target_is_refused_before_any_stage_starts(pair: Pair, tmp_path: Path) -> None:
     save_head(tiny_head(tiny_target(3), "eagle3", target_hidden_size=24), tmp_path)
-    command = serve_command(pair.target, tmp_path, 1, 2)
+    command = serve_command(pair.target, tmp_path, 1, stages=2)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "it was made for another target" in done.stderr
 
 
 def test_other_many_ranks_than_stages_are_refused(pair: Pair) -> None:
     environ = {**os.environ, "RANK": "0", "WORLD_SIZE": "3"}
-    command = serve_command(pair.target, pair.head, 1, 2)
+    command = serve_command(pair.target, pair.head, 1, stages=2)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "3 ranks were started" in done.stderr

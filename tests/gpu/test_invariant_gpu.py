@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,31 @@ LLAMA = dict(heads=32, kv_heads=8, dim=128, page_size=64, dtype=torch.bfloat16, 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+# each shape of a layer is compiled, so one type has them all
+ALIKE = [name for name in NAMES if not {"heads", "kv_heads", "dim", "page_size"} & SCENES[name].keys()]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def given_up() -> Iterator[Callable[..., bool]]:
+    """What the backend does without kernels; none of these tests may pass that way."""
+    from target.attention import fixed
+
+    def refuse(kind: Any, error: Exception) -> bool:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        before = fixed._given_up
+        patch.setattr(fixed, "_given_up", refuse)
+        yield before
+
+
 # ---- attention ----
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in ALIKE), *((name, torch.bfloat16) for name in NAMES)]
+)
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_scene(name: str, window: int | None, dtype: torch.dtype) -> None:
     s = scene(**SCENES[name], dtype=dtype, device="cuda")
     expected = oracle(s, window)
@@ -87,6 +106,29 @@ def test_a_row_has_the_same_bits_whoever_else_is_there() -> None:
                           longest=int(b.context[r]) + 3, static=True)  # fmt: skip
             alone = by_kernels(Scene(s.cache, batch, s.q[one], s.k[one], s.v[one]))
             assert torch.equal(alone[0], together[r])
+
+
+def test_without_kernels_passes_run_along_paths_and_are_not_recorded(
+    given_up: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from target.attention import fixed
+
+    def crash(*_: Any) -> None:
+        raise RuntimeError("the assembler crashed")
+
+    monkeypatch.setattr(fixed, "_given_up", given_up)
+    monkeypatch.setattr(fixed.kernels, "compile_all", crash)
+    s = scene([300, 5], [4, 2], **LLAMA, tree=True)
+    attention, graph = fixed.FixedAttention(s.cache), torch.cuda.CUDAGraph()
+
+    def attend() -> Tensor:
+        return attention.run(attention.plan(s.batch), 1, s.q, s.k, s.v, None)
+
+    expected = oracle(s, None)
+    close(attend(), expected)
+    with pytest.raises(RuntimeError, match="cannot be recorded"), torch.cuda.graph(graph):
+        attend()
+    close(attend(), expected)
 
 
 # ---- norms ----

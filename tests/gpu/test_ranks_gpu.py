@@ -69,8 +69,7 @@ def test_gpus_commit_the_tokens_of_one(size: int, mode: str, head: str, pair: Pa
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_lost_gpu_rank_ends_all(size: int, pair: Path) -> None:
-    command = serve_command(pair / "target", pair / "eagle3", size)
-    command[command.index("cpu")] = "cuda"
+    command = serve_command(pair / "target", pair / "eagle3", size, "cuda")
     ending = trial(command, Fault(size - 1, "serving", 5, "kill"), limit=120.0)
     assert ending.wrong == "", ending
     assert ending.status == "UNAVAILABLE"

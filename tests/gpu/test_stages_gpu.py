@@ -83,8 +83,7 @@ def test_two_groups_under_way_overtake_nobody(size: int, pair: Path, tmp_path: P
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_lost_stage_ends_all(size: int, pair: Path) -> None:
-    command = serve_command(pair / "target", pair / "eagle3", 1, size)
-    command[command.index("cpu")] = "cuda"
+    command = serve_command(pair / "target", pair / "eagle3", 1, "cuda", stages=size)
     ending = trial(command, Fault(size - 1, "serving", 5, "kill"), limit=120.0)
     assert ending.wrong == "", ending
     assert ending.status == "UNAVAILABLE"

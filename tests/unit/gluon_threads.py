@@ -237,6 +237,11 @@ def on_threads() -> Iterator[tuple[Language, dict[str, ModuleType]]]:
         sys.modules.update({n: m for n, m in kept.items() if n in KERNELS or n.split(".")[0] == "triton"})
 
 
+def _undecorated(function: Any = None, **options: Any) -> Any:
+    """A decorator that leaves functions as they are, with or without options."""
+    return function if function is not None else lambda f: f
+
+
 def _modules(language: Language) -> dict[str, ModuleType]:
     """What the kernels import, by name."""
     barrier = SimpleNamespace(
@@ -248,9 +253,9 @@ def _modules(language: Language) -> dict[str, ModuleType]:
         fence_async_shared=lambda: None, mbarrier=barrier, tma=tma, warpgroup_mma=_multiply, warpgroup_mma_wait=_await
     )
     nothing = dict.fromkeys(("gdc_wait", "gdc_launch_dependents"), lambda: None)
-    gluon: dict[str, Any] = dict(jit=lambda f: f, language=language)
+    gluon: dict[str, Any] = dict(jit=_undecorated, language=language)
     contents: dict[str, dict[str, Any]] = {
-        "triton": dict(jit=lambda f: f),
+        "triton": dict(jit=_undecorated),
         "triton.language": dict(constexpr=lambda x: x),
         "triton.language.extra.cuda": nothing,
         "triton.tools.tensor_descriptor": dict(TensorDescriptor=None),

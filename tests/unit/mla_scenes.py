@@ -62,13 +62,17 @@ def scene(
     room: int = 0,
     seed: int = 0,
     scale: float = SCALE,
+    requests: int = 1,
+    width: int = 1,
 ) -> Scene:
     """Random latents in scattered pages; every slot that is not written holds NaN, but for the null page's first.
 
+    There are `requests` rows or more of `width` queries or more; what `contexts` and `counts` do not name is padding.
     A node of a tree sees some of the nodes below it, the holes that earlier levels left in the cache excepted.
     """
     draw, generator = random.Random(seed), torch.Generator(device).manual_seed(seed)
-    rows, width, dim = len(contexts), max(max(counts), 1), rank + rope
+    contexts, counts = ([*given, *[0] * (requests - len(given))] for given in (contexts, counts))
+    rows, width, dim = len(contexts), max(*counts, width), rank + rope
     longest = max(c + offset + width for c in contexts) + room
     columns = -(-longest // page_size)
     cache = PagedCache([[LayerShape(1, dim, 1)] * 2], rows * columns + 1, page_size, dtype, device)

@@ -25,10 +25,11 @@ COUNT = 24
 
 
 def config_of(folder: str, **sets: object) -> Config:
-    given = {"target": f"{folder}/target", "head": f"{folder}/eagle3"}
-    named = {f"model.{key}": sets.pop(key, value) for key, value in given.items()}
+    """`sets` without a dot in their names are of the model."""
+    given = {"target": f"{folder}/target", "head": f"{folder}/eagle3", **sets}
+    named = {key if "." in key else f"model.{key}": value for key, value in given.items()}
     fixed = {"engine.max_sessions": 4, "engine.prefill_chunk": 8, "engine.max_context": 256, "draft.depth": 3}
-    return load(None, [f"{key}={value}" for key, value in {**named, **fixed, **sets}.items()])
+    return load(None, [f"{key}={value}" for key, value in {**fixed, **named}.items()])
 
 
 def rounds(engine: Any, shapes: list[DraftShape | None]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from typing import Any
 
@@ -187,6 +188,77 @@ def test_a_row_has_the_same_bits_whoever_else_is_there(tree: bool) -> None:
             longest=int(b.context[r]) + 3, static=True,
         )  # fmt: skip
         assert torch.equal(by_kernels(Scene(s.cache, batch, s.q[one], s.k[one], s.v[one]))[0], together[r])
+
+
+# ---- without kernels ----
+
+
+def refuse_to_compile(*_: Any) -> None:
+    raise RuntimeError("the assembler crashed\nand says so at length")
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("name", ["ragged rows", "padded rows", "a chain above the context", "a tree", "the sign bit"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_without_kernels_attention_goes_along_paths(
+    name: str, window: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from target.attention import fixed
+
+    monkeypatch.setattr(fixed.kernels, "compile_all", refuse_to_compile)
+    s = scene(**SCENES[name])
+    attention = fixed.FixedAttention(s.cache)
+    expected = oracle(s, window)
+    for _ in range(2):
+        close(attention.run(attention.plan(s.batch), 1, s.q, s.k, s.v, window), expected)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "4 and 2 heads of 16" in said[0] and said[0].endswith("slowly: the assembler crashed")
+
+
+@on_the_interpreter
+@pytest.mark.usefixtures("short_splits")
+def test_windows_are_compiled_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with and without a window may differ; passes with and without a tree may not."""
+    from target.attention import fixed
+
+    asked, s = [], scene([30], [2])
+    monkeypatch.setattr(fixed.kernels, "compile_all", lambda *given: asked.append(given[-1]))
+    attention = fixed.FixedAttention(s.cache)
+    tree = s.batch._replace(ancestors=torch.tensor([[1, 3]]))
+    for batch in (s.batch, tree):
+        for window in (None, 7, 9):
+            attention.run(attention.plan(batch), 1, s.q, s.k, s.v, window)
+    assert asked == [False, True]
+
+
+@on_the_interpreter
+def test_a_device_without_the_resources_goes_along_paths_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from target.attention import fixed
+
+    launches = []
+
+    def refuse(*_: Any) -> None:
+        launches.append(1)
+        raise importlib.import_module("triton").OutOfResources(300_000, 100_000, "shared memory")
+
+    monkeypatch.setattr(fixed.kernels, "launch_attend", refuse)
+    s = scene([70, 5], [3, 2])
+    attention = fixed.FixedAttention(s.cache)
+    expected = oracle(s, None)
+    for _ in range(2):
+        close(attention.run(attention.plan(s.batch), 1, s.q, s.k, s.v, None), expected)
+    assert len(launches) == 1 and "out of resource: shared memory" in caplog.text
+
+
+@on_the_interpreter
+def test_queries_need_not_lie_whole_heads_apart() -> None:
+    s = scene([70, 5], [3, 2])
+    wide = torch.full((2, 3, 4 * 16 + 5), float("nan"))
+    wide[..., :64] = s.q.flatten(2)
+    odd = s._replace(q=wide.as_strided(s.q.shape, (3 * 69, 69, 16, 1)))
+    assert torch.equal(by_kernels(odd), by_kernels(s))
 
 
 @on_the_interpreter

@@ -26,6 +26,15 @@ pulse.tick("loading")
 print("there", flush=True)
 time.sleep(30)
 """
+HUB = """
+import time
+from speculator.ranks.gang import Hub
+from speculator.ranks.pulse import Pulse
+gang = Hub(2, Pulse(), print, "token")
+gang.start()
+print(gang.address, flush=True)
+time.sleep(30)
+"""
 
 
 class Told:
@@ -122,6 +131,24 @@ def test_a_rank_that_fails_says_why_to_all() -> None:
         assert gang.told.wait() == told.wait() == "rank 1 is out of memory"  # type: ignore[attr-defined]
         other.end()
         failing.end()
+
+
+def test_a_rank_that_fails_waits_until_the_loss_of_rank_0_is_told() -> None:
+    """What lost rank 0 breaks here too; this rank must not be gone before it has said whose fault it is."""
+    said = list[str]()
+
+    def slowly(why: str) -> None:
+        time.sleep(0.3)
+        said.append(why)
+
+    with subprocess.Popen([sys.executable, "-c", HUB], stdout=subprocess.PIPE, text=True) as lead:
+        assert lead.stdout is not None
+        address = lead.stdout.readline().strip()
+        failing = Member(1, address, "token", Pulse(), slowly, FAST)
+        failing.start()
+        lead.kill()
+        failing.fail("rank 1 failed: connection closed by peer")
+    assert said == ["rank 0 died"]
 
 
 def test_one_that_never_comes_is_missed() -> None:

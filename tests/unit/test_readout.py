@@ -12,7 +12,18 @@ from speculator.sampling import RowSampling, Stream, coupled_sample, gumbel, gum
 from speculator.types import SamplingParams
 from target import readout
 from target.products import Config, FastProduct, FixedProduct, Table
-from target.readout import MOST, READ, ROWS, Asked, Reads, choose_readers, read_by_kernel, read_logits, reading_config
+from target.readout import (
+    MOST,
+    READ,
+    ROWS,
+    Asked,
+    Keep,
+    Reads,
+    choose_readers,
+    read_by_kernel,
+    read_logits,
+    reading_config,
+)
 from tests.unit.engines import tiny_target
 
 CPU = torch.device("cpu")
@@ -87,18 +98,51 @@ def test_a_ranking_is_the_softened_one_of_draft_trees(params: list[SamplingParam
     torch.testing.assert_close(found.logprobs, logq.gather(-1, columns), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "filtered", [{"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 1.5}], ids=lambda f: next(iter(f))
-)
+@pytest.mark.parametrize("filtered", [{"top_p": 0.5}, {"repetition_penalty": 1.5}], ids=lambda f: next(iter(f)))
 def test_what_changes_scores_needs_written_logits(filtered: dict[str, float]) -> None:
-    def never(asked: Asked) -> None:
-        raise AssertionError("asked although a filter has to see all logits")
-
     rows = RowSampling.from_params([SamplingParams(temperature=1.0, **filtered)], CPU)  # type: ignore[arg-type]
-    counter = torch.zeros(1, 2, dtype=torch.int64)
-    assert target_draws(never, rows, counter) is None
-    if "repetition_penalty" not in filtered:
-        assert draft_ranking(never, rows, counter, 3, None, True) is None
+    assert target_draws(never, rows, torch.zeros(1, 2, dtype=torch.int64)) is None
+
+
+def never(asked: Asked) -> None:
+    raise AssertionError("asked although a filter has to see all logits")
+
+
+@pytest.mark.parametrize(
+    "filtered",
+    [{"top_k": 5}, {"top_k": 5, "top_p": 0.4}, {"top_k": 7, "min_p": 0.3}, {"min_p": 0.2}, {"top_k": 99}],
+    ids=lambda given: "-".join(f"{name}-{value}" for name, value in given.items()),
+)
+def test_filters_that_see_the_best_scores_alone_draw_as_written_ones(filtered: dict[str, float]) -> None:
+    plain = SamplingParams(temperature=1.3, seed=4)
+    hot = [SamplingParams(temperature=t, seed=8, **filtered) for t in (0.0, 0.9)]  # type: ignore[arg-type]
+    rows, excluded = RowSampling.from_params([plain, *hot], CPU), 0
+    counter = torch.arange(12).view(3, 4)
+    for seed in range(20):
+        logits = logits_of(seed=seed).round()  # ties with the last one kept
+        draws = target_draws(reads(logits), rows, counter)
+        assert draws is not None
+        assert torch.equal(draws.tokens, coupled_sample(scores(logits, rows, None), rows, counter))
+        excluded += int((draws.tokens != coupled_sample(logits / 1.3, rows, counter)).sum())
+        expected = logits.float().log_softmax(-1).gather(-1, draws.tokens[..., None])[..., 0]
+        torch.testing.assert_close(draws.logprobs, expected)
+    assert excluded
+    assert draft_ranking(never, rows, counter, 3, None, True) is None
+
+
+def test_best_values_may_come_from_other_columns_too() -> None:
+    """A part of the columns keeps what is among the best of all."""
+    logits, floors = torch.tensor([[5.0, 4.0, 1.0, 0.0]]), []
+
+    def join(own: torch.Tensor) -> torch.Tensor:
+        floors.append(own)
+        return torch.tensor([[9.0, 4.5]])
+
+    keep = Keep(2, lambda best: best[:, 1:])
+    found = read_logits(logits, Asked(best=2, keep=keep), gumbel_of, join)
+    assert floors[0].tolist() == [[5.0, 4.0]]
+    assert found.columns[:, 0].tolist() == [0] and found.scores.tolist() == [[5.0, float("-inf")]]
+    assert Keep(6, lambda best: best[:, 5:]).floor(readout._best_values(logits, 6)).tolist() == [[float("-inf")]]
 
 
 def test_nobody_reads_on_a_cpu() -> None:
@@ -151,3 +195,9 @@ def test_more_best_tokens_than_a_block_keeps_are_not_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(readout, "reading_config", lambda *given: READ)
     assert read_by_kernel(torch.zeros(1, 4), torch.zeros(99, 4), F.linear, Asked(MOST + 1)) is None
     assert read_by_kernel(torch.zeros(1, 4), torch.zeros(5, 4), F.linear, Asked(6)) is None
+
+
+def test_filters_are_not_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readout, "reading_config", lambda *given: READ)
+    keep = Keep(1, lambda best: best)
+    assert read_by_kernel(torch.zeros(1, 4), torch.zeros(5, 4), F.linear, Asked(keep=keep)) is None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from graphs.errors import CaptureError
 from graphs.recorder import CudaRecorder, Recorder
+from graphs.shape import GraphShape
 from graphs.tape import TapeRecorder
 from speculator import load
+from speculator.drafting import Drafted, Start
 from speculator.engine import Engine
 from speculator.errors import ConfigError
 from speculator.heads.base import DraftHead
 from speculator.passes import EagerPasses
-from speculator.recorded import RecordedPasses, Sizes
+from speculator.recorded import Progress, RecordedPasses, Sizes
 from speculator.types import Draft, DraftShape, EngineInfo, Rule, SamplingParams
 from target.cache import PagedCache
 from target.decoder import Decoder
@@ -29,7 +32,14 @@ PARAMS = [
 ]
 
 
-def record(engine: Engine, shape: DraftShape, rows: int = 4, prompt_tokens: int = 64, pages: int = 0) -> RecordedPasses:
+def record(
+    engine: Engine,
+    shape: DraftShape,
+    rows: int = 4,
+    prompt_tokens: int = 64,
+    pages: int = 0,
+    progress: Progress | None = None,
+) -> RecordedPasses:
     """Put recorded passes, captured on a tape that spoils everything between replays, in place of the eager ones."""
     info = engine.info
     pages = pages or -(-(info.max_context + info.scratch_tokens) // info.page_size)
@@ -38,7 +48,7 @@ def record(engine: Engine, shape: DraftShape, rows: int = 4, prompt_tokens: int 
     cuda = engine.device.type == "cuda"
     recorder: Recorder = CudaRecorder() if cuda else TapeRecorder(poison_between_replays=True)
     passes = RecordedPasses(engine.passes, recorder, sizes, engine.device)
-    passes.capture()
+    passes.capture(progress)
     engine.passes = passes
     return passes
 
@@ -159,6 +169,59 @@ def test_without_capture_everything_runs_eager_and_says_why(caplog: pytest.LogCa
     assert run(engine, CHAIN) == run(tiny_engine(target, head), CHAIN)
     assert set(passes.counts["target verify"].eager) == {"not captured yet"}
     assert caplog.text.count("target verify runs eager: not captured yet") == 1
+
+
+def test_all_passes_are_warmed_up_before_the_first_is_recorded() -> None:
+    engine, told = tiny_engine(*pair("eagle3")), list[str]()
+    passes = record(engine, CHAIN, rows=2, progress=lambda what, done, total: told.append(f"{what}: {done} of {total}"))
+    first = next(place for place, line in enumerate(told) if line.startswith("graphs, "))
+    assert all(line.startswith("warm-up, ") for line in told[:first])
+    assert all(line.startswith("graphs, ") for line in told[first:]) and len(told) == 2 * first
+    assert first == sum(len(manager.ladder) for manager in passes.managers)
+    assert told[0] == f"warm-up, prompt: 0 of {len(passes.feeding.ladder)}"
+
+
+@pytest.mark.parametrize(("kind", "taken"), [("eagle3", True), ("mtp", True), ("mtp2", False)])
+def test_a_head_that_runs_over_verified_rows_takes_the_targets_states(kind: str, taken: bool) -> None:
+    """One refresh then holds for both; modules that look back run over more rows, and have states of their own."""
+    passes = record(tiny_engine(*pair(kind)), CHAIN, rows=2)
+    theirs = {id(b) for pair_ in passes.verifying.pairs.values() for b in pair_.captured.buffers.values()}
+    mine = [graph.state for graph in passes.catching_up.graphs.values()]
+    assert mine and all((id(b) in theirs) == taken for state in mine for b in state.buffers.values())
+    plans = {id(graph.state.plan) for graph in passes.verifying.graphs.values()}
+    assert plans.isdisjoint(id(state.plan) for state in mine)
+
+
+def test_a_draft_is_not_written_over_by_the_next() -> None:
+    engine = tiny_engine(*pair("eagle3"))
+    passes, drafts = record(engine, CHAIN), list[tuple[Tensor, Tensor]]()
+    draft = passes.draft
+
+    def noted(start: Start, shape: DraftShape) -> Drafted:
+        drafted = draft(start, shape)
+        drafts.append((drafted.tokens, drafted.tokens.clone()))
+        return drafted
+
+    passes.draft = noted  # type: ignore[method-assign]
+    run(engine, CHAIN)
+    assert len({tuple(kept.flatten().tolist()) for _, kept in drafts}) > 1
+    assert all(torch.equal(given, kept) for given, kept in drafts)
+
+
+@pytest.mark.parametrize(("rows", "prompt_tokens"), [(1, 1024), (32, 64), (300, 8192), (3, 0)])
+@pytest.mark.parametrize("shape", [CHAIN, TREE])
+def test_the_rungs_of_a_trial_are_all_recorded_shapes(rows: int, prompt_tokens: int, shape: DraftShape) -> None:
+    """Or the memory of those that are left out would be given to the KV cache."""
+    engine = tiny_engine(*pair("eagle3"))
+    assert isinstance(engine.passes, EagerPasses)
+    sizes, recorder = Sizes(rows, 40, engine.info.page_size, shape, prompt_tokens), TapeRecorder()
+
+    def shapes(rung: int | None) -> set[tuple[str, GraphShape]]:
+        passes = RecordedPasses(engine.passes, recorder, sizes, engine.device, rung)  # type: ignore[arg-type]
+        return {(manager.name, shape) for manager in passes.managers for shape in manager.ladder}
+
+    rungs = [shapes(rung) for rung in range(sizes.rungs)]
+    assert all(rungs) and set.union(*rungs) == shapes(None)
 
 
 def test_no_capture_while_serving() -> None:
