@@ -68,7 +68,7 @@ class RMSNorm(nn.Module):
         return (x, self(x)) if more is None else self.pieces.add_norm(self, x, more)
 
     def beside(self, x: Tensor, other: RMSNorm | None, table: Tensor, tokens: Tensor) -> Tensor:
-        """Embeddings of tokens [...], normed by `other` if there is one, then the norm of x [..., size]: [..., 2 size]."""
+        """Embeddings of tokens [...], normed by `other` if given, beside the norm of x [..., size]: [..., 2 size]."""
         return self.pieces.beside(self, x, other, table, tokens)
 
     def normed(self, x: Tensor) -> Tensor:

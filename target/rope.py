@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from target.config import RopeConfig
 
-
 # (positions, inverse frequencies, amplitude, interleaved, dtype) -> cos, sin
 Tables = Callable[[Tensor, Tensor, float, bool, torch.dtype], tuple[Tensor, Tensor]]
 
