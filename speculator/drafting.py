@@ -8,17 +8,17 @@ overwrites.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from speculator.heads.base import DraftHead
-from speculator.lookback import module_step
-from speculator.readout import Ranking, draft_ranking
+from speculator.lookback import gather_rows, module_step
+from speculator.readout import Ranking, Reading, draft_reading
 from speculator.sampling import RowSampling, Stream, coupled_sample, draft_sample, gumbel, scores
-from speculator.tree import StaticLevel, TreeGrowth, static_levels
+from speculator.tree import Frontier, Grown, StaticLevel, TreeGrowth, in_kernels, static_levels
 from speculator.types import DraftShape
 from target.attention.base import Attention, bind
 from target.batch import Batch
@@ -34,6 +34,7 @@ class Start(NamedTuple):
     sampling: RowSampling
     coupled: bool  # draw with the target's own noise, else with noise of the round
     static: bool = False  # the tensors are refilled between runs of a recorded pass, `longest` bounds what is stored
+    keys: Tensor | None = None  # [depth, R] int64, of the target's noise at each level, where somebody made them
 
     @property
     def live(self) -> Tensor:
@@ -85,9 +86,13 @@ class Expansion:
         self.head, self.attention, self.start, self.live = head, attention, start, start.live
         # filters shape q as they shape p; the repetition penalty stays with the target (q need not follow it)
         self.sampling = start.sampling._replace(any_penalty=False)
-        count = head.record.draft_vocab_size
-        self.ids = torch.arange(count, device=start.output.device) if head.target_ids is None else head.target_ids
         self._counts = dict[int, Tensor]()
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """[Vd] int64, the target's ids of the draft vocabulary."""
+        count, given = self.head.record.draft_vocab_size, self.head.target_ids
+        return torch.arange(count, device=self.start.output.device) if given is None else given
 
     def root(self) -> Tensor:
         """[R, 1, H]"""
@@ -99,14 +104,23 @@ class Expansion:
             return module_step(self.head, self.attention, self.start, above, tokens, level)
         return self.run(above, tokens[-1], level, level - 1, None)
 
-    def run(self, parents: Tensor, tokens: Tensor, level: int, offset: int, ancestors: Tensor | None) -> Tensor:
+    def run(
+        self,
+        parents: Tensor,
+        tokens: Tensor,
+        level: int,
+        offset: int,
+        ancestors: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Outputs [R, k, H] of drafted `tokens` [R, k] of depth `level`, given their parents' outputs [R, k, H].
 
         `offset` is the first scratch node of this pass and `ancestors` [R, k] its masks over earlier scratch nodes.
         """
         rows, count = tokens.shape
         start = self.start
-        positions = (start.context + (level - 1) if level > 1 else start.context)[:, None].expand(rows, count)
+        if positions is None:
+            positions = (start.context + (level - 1) if level > 1 else start.context)[:, None].expand(rows, count)
         if count not in self._counts:
             self._counts[count] = self.live * count
         counts = self._counts[count]
@@ -120,13 +134,22 @@ class Expansion:
 
     def counter(self, outputs: Tensor, level: int) -> Tensor:
         """[R, k] absolute positions of tokens of depth `level`, one for each of outputs or values [R, k, ...]."""
-        return (self.start.context + level)[:, None].expand(outputs.shape[:2])
+        context = self.start.context
+        return (context + level if level else context)[:, None].expand(outputs.shape[:2])
 
     def read(self, outputs: Tensor, level: int, k: int, step: int = 0) -> Ranking | None:
         """The k best draft ids after each of outputs [R, n, H]; None where logits have to be written for that."""
+        reading = self.reading(outputs, level, k, step)
+        return None if reading is None else reading.ranking()
+
+    def reading(self, outputs: Tensor, level: int, k: int, step: int = 0) -> Reading | None:
+        """`read` without its arithmetic."""
         ask = partial(self.head.stage(step).read, outputs)
-        ids = self.head.target_ids
-        return draft_ranking(ask, self.sampling, self.counter(outputs, level), k, ids, self.start.coupled)
+        ids, keys = self.head.target_ids, self.start.keys
+        made = None if keys is None else keys[level - 1]
+        silent = made is not None or self.sampling.all_greedy  # then only the shape of positions is read
+        counter = self.counter(outputs, 0 if silent else level)
+        return draft_reading(ask, self.sampling, counter, k, ids, self.start.coupled, made)
 
     def draw(self, values: Tensor, level: int) -> Tensor:
         """One draft id [R, 1] from values [R, 1, Vd]."""
@@ -136,22 +159,24 @@ class Expansion:
         return draft_sample(values, self.sampling, self.start.context + 1, counter, self.ids)
 
     def ranked(self, outputs: Tensor, level: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The k best continuations of each node: target ids, ranking log-scores and log q, each [R, nodes, k].
+        """The k best continuations of each node: target ids, ranking log-scores and log q, each [R, nodes, k]."""
+        found = self.read(outputs, level, k) or self.written(outputs, level, k)
+        return self.ids[found.columns], found.scores, found.logprobs
+
+    def written(self, outputs: Tensor, level: int, k: int) -> Ranking:
+        """The k best draft ids after each of outputs [R, n, H], from logits that are written down.
 
         Under the coupled rule the target's noise is known, so the tokens that noise favours rank first: the score is
         the log-probability of being the target's draw if the target agreed with the head, softened by their gap.
         """
-        found = self.read(outputs, level, k)
-        if found is not None:
-            return self.ids[found.columns], found.scores, found.logprobs
         values = self.values(outputs)
         logq = values.log_softmax(-1)
         score = logq
         if self.start.coupled and not self.sampling.all_greedy:
             noise = gumbel(self.sampling.seed, self.counter(values, level), Stream.TARGET, self.ids)
             score = (logq + noise * (self.sampling.temperature > 0)[:, None, None]).log_softmax(-1)
-        best, ids = score.topk(k, dim=-1)
-        return self.ids[ids], best, logq.gather(-1, ids)
+        best, columns = score.topk(k, dim=-1)
+        return Ranking(columns, best, logq.gather(-1, columns))
 
 
 class _Chain:
@@ -243,27 +268,42 @@ def _index(level: StaticLevel, device: torch.device) -> _Index:
     return _Index(*(torch.tensor(part, dtype=torch.int64, device=device) for part in level))
 
 
+class Growth(Protocol):
+    """A dynamic tree under construction, see `speculator.tree.TreeGrowth`."""
+
+    def frontier(self) -> Frontier: ...
+
+    def grow(self, found: Reading | Ranking) -> None: ...
+
+    def select(self, nodes: int) -> Grown: ...
+
+
 class _Dynamic:
     """EAGLE-2's tree: expand the best k nodes of every level, keep the best `nodes` candidates of all."""
 
     def __init__(self, expand: Expansion, shape: DraftShape) -> None:
         self.expand, self.nodes, self.outputs = expand, shape.nodes, expand.root()
         self.depth = shape.depth
-        self.k = min(shape.branching, expand.ids.shape[0])
+        self.k = min(shape.branching, expand.head.record.draft_vocab_size)
+        self.growth = self._growth()
+
+    def _growth(self) -> Growth:
+        ids = self.expand.head.target_ids
+        if not in_kernels(self.outputs.device):
+            return TreeGrowth(ids)
+        from speculator.kernels.tree import KernelGrowth
+
+        return KernelGrowth(self.k, self.depth, self.expand.start.context, ids)
 
     def step(self, level: int) -> None:
-        expand, k = self.expand, self.k
-        if level == 1:
-            tokens, scores_, logq = expand.ranked(self.outputs, 1, k)
-            self.growth = TreeGrowth(scores_[:, 0], tokens[:, 0], logq[:, 0])
-            return
-        frontier = self.growth.frontier()
-        above = self.outputs.gather(1, frontier.parents[..., None].expand(-1, -1, self.outputs.shape[-1]))
-        self.outputs = expand.run(above, frontier.tokens, level - 1, (level - 2) * k, frontier.masks)
-        tokens, scores_, logq = expand.ranked(self.outputs, level, k)
-        self.growth.grow(scores_, tokens, logq)
+        if level > 1:
+            self._run(self.growth.frontier(), level - 1)
+        found = self.expand.reading(self.outputs, level, self.k)
+        self.growth.grow(found or self.expand.written(self.outputs, level, self.k))
+
+    def _run(self, frontier: Frontier, level: int) -> None:
+        above, offset = gather_rows(self.outputs, frontier.parents), (level - 1) * self.k
+        self.outputs = self.expand.run(above, frontier.tokens, level, offset, frontier.masks, frontier.positions)
 
     def done(self) -> Drafted:
-        root = self.expand.start.context
-        grown = self.growth.select(torch.zeros_like(root), self.nodes)
-        return Drafted(grown.tree.tokens[:, 1:], grown.tree.parents[:, 1:] - 1, grown.logprobs[:, 1:])
+        return Drafted(*self.growth.select(self.nodes))

@@ -131,6 +131,12 @@ class EagerPasses:
         assert self.head is not None
         return self.head.catch_up(self.head.fuse(features), following, batch.positions, batch.counts, attend)
 
+    def outputs(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        """All [R, T, H] that a head of one module makes of true rows; `catch_up` keeps each row's last."""
+        assert self.head is not None and not self.head.lookback
+        attend = bind(self.head_attention, batch)
+        return self.head(self.head.fuse(features), following, batch.positions, attend)  # type: ignore[no-any-return]
+
     def draft(self, start: Start, shape: DraftShape) -> Drafted:
         assert self.head is not None
         return drafting.draft(self.head, self.head_attention, start, shape)

@@ -111,10 +111,14 @@ def _question(rows: RowSampling, counter: Tensor, coupled: bool, keys: Tensor | 
     """About every place of `counter` [R, T] as a row of its own."""
     if rows.all_greedy:
         return Asked()
-    temperature = rows.temperature[:, None].expand(counter.shape).flatten()
     if coupled:
-        keys = _keys(rows, counter) if keys is None else keys[:, None].expand(counter.shape).flatten()
-    return Asked(temperature=temperature, keys=keys)
+        keys = _keys(rows, counter) if keys is None else _everywhere(keys, counter)
+    return Asked(temperature=_everywhere(rows.temperature, counter), keys=keys)
+
+
+def _everywhere(values: Tensor, counter: Tensor) -> Tensor:
+    """values [R] at each of R x T places: [R * T], contiguous, which a flattened expansion of one row is not."""
+    return values[:, None].expand(counter.shape).contiguous().flatten()
 
 
 def _keys(rows: RowSampling, counter: Tensor) -> Tensor:

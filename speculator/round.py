@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,38 +18,23 @@ from graphs.recorder import Recorder
 from graphs.round import Plans, RoundGraphManager
 from graphs.shape import GraphShape, Ladder, Variant, row_ladder
 from graphs.state import AttentionState
-from speculator.drafting import Drafted, Start
-from speculator.lookback import Lookback, TrueRows
+from speculator.drafting import Drafted
+from speculator.lookback import Lookback
 from speculator.passes import EagerPasses
-from speculator.recorded import CHAIN, MOST_TOKENS, TREE, Sizes
-from speculator.round_parts import judge_coupled, keep_path, newest
-from speculator.round_result import Flight, Layout, Outcome
+from speculator.recorded import CHAIN, MOST_TOKENS, TREE, Sizes, ticks
+from speculator.round_glue import Glue, Kind, Memory, TorchGlue
+from speculator.round_result import Flight, Outcome
 from speculator.round_state import MODES, RoundState
 from speculator.rows import Rows
 from speculator.sampling import pinned
-from speculator.tree import Tree, below, chain
 from speculator.types import DraftShape, Rule, SamplingParams, Step
-from speculator.verify import Verdict
-from target.batch import Batch
 from target.cache import PagedCache
+from target.fused import fused_wanted
+from target.products import kernels_need
 
 Progress = Callable[[str, int, int], None]  # which pass, shapes done, shapes in all
 PLAIN = ("plain",)  # the target alone, one token a round
 NOTHING = DraftShape(0)
-
-
-class Order(NamedTuple):
-    """What the host says about R rows; columns of the buffer `orders` [R, 4] int64."""
-
-    row: Tensor  # [R] where the row's state lies
-    have: Tensor  # [R] drafted nodes to verify; -1 for padding
-    context: Tensor  # [R] cached tokens
-    root: Tensor  # [R] the last committed token, -1: what the device knows itself
-
-    @property
-    def live(self) -> Tensor:
-        """[R] bool: not padding."""
-        return self.have >= 0
 
 
 class Rounds:
@@ -58,7 +42,8 @@ class Rounds:
 
     Recorded are rounds that verify the draft which the engine itself holds (or none) under the coupled rule, and draft
     the shape of `sizes`; where that is a chain, chains of `depths` too, and any shorter chain is the beginning of a
-    recorded one. `rung` records one row count only, 0 the largest, to see what memory that takes.
+    recorded one. `rung` records one row count only, 0 the largest, to see what memory that takes. What lies between
+    passes runs on kernels where layers do.
     """
 
     def __init__(
@@ -74,6 +59,7 @@ class Rounds:
     ) -> None:
         self.eager, self.sizes, self.cache, self.rows, self.lookback = eager, sizes, cache, rows, lookback
         self.device, self.shape = rows.device, sizes.shape if eager.head else NOTHING
+        self.fused = not kernels_need(rows.device) and fused_wanted()
         self.state = RoundState(rows.count, _nodes(self.shape), sizes.pages, rows.device)
         self.manager = RoundGraphManager(
             recorder,
@@ -110,8 +96,8 @@ class Rounds:
     def capture(self, progress: Progress | None = None) -> None:
         """Warm up and record every shape; CaptureError says which failed and why."""
         begin = time.perf_counter()
-        ticks = None if progress is None else lambda done, total, shape: progress("graphs, round", done, total)
-        self.manager.capture(ticks)
+        self.manager.warm_up(ticks("round", progress, "warm-up"))
+        self.manager.capture(ticks("round", progress))
         self.capture_seconds = round(time.perf_counter() - begin, 2)
         self.manager.serve()
 
@@ -145,32 +131,23 @@ class Rounds:
 
     def _body(self, state: AttentionState) -> Tensor:
         """One round of the rows that the orders name: [R, W] int64, see `Layout`."""
-        order = self._awake(Order(*state.buffers["orders"].unbind(1)))
-        passes, sampling = self._passes(state), self.state.sampling(order.row, str(state.shape.variant[-1]))
-        pages = self.state.memory["tables"][order.row]
-        tree, batch = self._below(order, state.shape, pages)
-        verified = passes.verify(batch)
-        verdict, said = judge_coupled(tree, verified, sampling, batch.context + 1)
-        verdict = _only_live(verdict, order)
-        true_rows = keep_path(self.cache, batch, verdict, verified.features)
-        self.rows.cached[order.row] = batch.context + verdict.kept
-        self.rows.root[order.row] = newest(true_rows.following, verdict.kept)
-        self.state.end(order.row, batch.context, verdict)
-        committed = (verdict.tokens, verdict.kept, verdict.path, said.logprobs, said.finite)
-        if _is(PLAIN, state.shape):
-            return self._layout(state.shape).pack(committed)
-        output = self._catch_up(passes, order, true_rows)
-        start = Start(
-            output=output,
-            context=batch.context + verdict.kept,
-            pages=pages,
-            longest=self.sizes.capacity,
-            sampling=sampling,
-            coupled=True,
-            static=True,
-        )
-        drafted = self._draft(passes, order.row, start, self._drafted(state.shape))
-        return self._layout(state.shape).pack(committed + drafted)
+        kind = self._kind_of(state.shape)
+        passes, glue = self._passes(state), self._glue(kind)
+        glue.judge(passes.verify(glue.begin(state.buffers["orders"])))
+        if not kind.plain:
+            glue.catch_up(passes)
+            if kind.drafted.depth:
+                glue.draft(passes)
+        return glue.result()
+
+    def _glue(self, kind: Kind) -> Glue:
+        """What lies between the passes of a round."""
+        memory = Memory(self.state, self.rows, self.cache, self.lookback, self.sizes.capacity)
+        if not self.fused:
+            return TorchGlue(memory, kind)
+        from speculator.round_fused import fused_glue
+
+        return fused_glue(memory, kind)
 
     def _passes(self, state: AttentionState) -> EagerPasses:
         """The passes as they are, with plans that the state knows."""
@@ -180,59 +157,9 @@ class Rounds:
         passes.head_attention = plans.noting(self.eager.head_attention)
         return passes
 
-    def _awake(self, order: Order) -> Order:
-        """The orders, where rows whose sequence the round before has ended are padding."""
-        over = self.state.memory["ended"][order.row] & (order.root < 0)
-        return Order(*(torch.where(over, nobody, own) for nobody, own in zip(self._nobody, order, strict=True)))
-
-    def _below(self, order: Order, shape: GraphShape, pages: Tensor) -> tuple[Tree, Batch]:
-        """The held drafts below their roots, and the target's pass over them."""
-        known = order.root >= 0
-        root = torch.where(known, order.root, self.rows.root[order.row])
-        held = shape.query_len - 1
-        have = order.have
-        if _is(CHAIN, shape):  # a round ahead cannot know how near the end of its sequence is
-            have = torch.where(known, have, torch.minimum(have, self.state.memory["room"][order.row]))
-        tokens, counts = self.state.memory["tokens"][order.row, :held], have + 1
-        if _is(TREE, shape):
-            tree = below(root, tokens, self.state.memory["parents"][order.row, :held], counts, self.shape.depth)
-        else:
-            tree = chain(torch.cat((root[:, None], tokens), 1), counts, held)
-        context = torch.where(known, order.context, self.rows.cached[order.row])
-        batch = Batch(
-            tokens=tree.tokens,
-            positions=context[:, None] + tree.depths,
-            context=context,
-            counts=counts,
-            pages=pages,
-            ancestors=None if tree.chain else tree.ancestors,
-            longest=self.sizes.capacity,
-            static=True,
-        )
-        return tree, batch
-
-    def _catch_up(self, passes: EagerPasses, order: Order, true_rows: TrueRows) -> Tensor:
-        if self.lookback:
-            true_rows = self.lookback.extend(order.row, true_rows)
-        # padding starts every draft from nothing: what it made of its own garbage would grow from round to round
-        output = passes.catch_up(*true_rows).masked_fill(~order.live[:, None, None], 0)
-        self.rows.output[order.row] = output
-        return output
-
-    def _draft(self, passes: EagerPasses, rows: Tensor, start: Start, shape: DraftShape) -> tuple[Tensor, ...]:
-        if not shape.depth:
-            return ()
-        drafted = passes.draft(start, shape)
-        self.state.hold(rows, drafted)
-        return drafted.tokens, drafted.parents, drafted.logprobs
-
-    def _drafted(self, shape: GraphShape) -> DraftShape:
-        """What a recorded shape verifies and drafts."""
-        return self.shape if _is(TREE, shape) else DraftShape(shape.query_len - 1)
-
-    def _layout(self, shape: GraphShape) -> Layout:
-        drafted = self._drafted(shape)
-        return Layout(path=drafted.depth + 1, nodes=_nodes(drafted))
+    def _kind_of(self, shape: GraphShape) -> Kind:
+        drafted = self.shape if _is(TREE, shape) else DraftShape(shape.query_len - 1)
+        return Kind(shape.query_len, str(shape.variant[-1]), drafted, _is(PLAIN, shape))
 
     # which steps are such rounds
 
@@ -257,7 +184,7 @@ class Rounds:
         graph.state.refresh({"orders": pinned(torch.tensor(orders), self.device)})
         result: Tensor = graph.replay()
         ids = [self._number(s.row, want, number) for s, want in zip(chosen, wants, strict=True)]
-        return Flight(self._layout(graph.shape), result, Outcome(picked, rows, wants, ids))
+        return Flight(self._kind_of(graph.shape).layout, result, Outcome(picked, rows, wants, ids))
 
     def takes(self, steps: Sequence[Step]) -> bool:
         """Whether `launch` would take every one of `steps`; counts nothing."""
@@ -381,8 +308,3 @@ def _is(kind: Variant, shape: GraphShape) -> bool:
 
 def _kind(shape: DraftShape) -> Variant:
     return CHAIN if shape.is_chain else (*TREE, shape.nodes, shape.branching, shape.depth)
-
-
-def _only_live(verdict: Verdict, order: Order) -> Verdict:
-    """Padding commits nothing."""
-    return verdict._replace(kept=verdict.kept * order.live)

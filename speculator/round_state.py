@@ -44,6 +44,7 @@ class RoundState:
         self.memory["stops"] = torch.full((rows, MOST_STOPS), NO_TOKEN, device=device)
         self.memory["ended"] = torch.zeros(rows, dtype=torch.bool, device=device)
         self.memory["room"] = torch.full((rows,), NEVER, device=device)  # levels that the held draft may have
+        self.nobody = torch.tensor([self.spare, -1, 0, 0], device=device)  # the order of padding
         self._held: dict[int, tuple[int, bool]] = {}
         self._left: dict[int, int] = {}
         self._bounds: list[Bounds | None] = [None] * rows
@@ -67,9 +68,13 @@ class RoundState:
         return max(self._modes[row] for row in rows)
 
     def sampling(self, rows: Tensor, mode: str) -> RowSampling:
-        """Parameters of `rows` [R], and what the host may know of every batch of this mode."""
-        names = ("temperature", "top_k", "top_p", "min_p", "seed")
-        taken = {name: self.memory[name][rows] for name in names}
+        """Parameters of `rows` [R], and what the host may know of every batch of this mode.
+
+        What no batch of the mode reads stands there without values.
+        """
+        names = ("temperature", "seed", "top_k", "top_p", "min_p")
+        used = {GREEDY: 0, NOISE: 2, FILTERED: 5}[mode]
+        taken = {name: self.memory[name][rows if i < used else slice(0)] for i, name in enumerate(names)}
         filtered = mode == FILTERED
         return RowSampling(
             **taken,

@@ -6,14 +6,18 @@ Must never know a model, a cache or how acceptance is decided; drafts from outsi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from speculator.readout import Ranking, Reading
 from speculator.sampling import upload
 from speculator.types import Draft
+from target.fused import fused_wanted
+from target.products import kernels_need
 
 MASK_BITS = 64
 
@@ -251,13 +255,15 @@ class Frontier(NamedTuple):
     parents: Tensor  # [R, k] int64, slot of the parent in the previous frontier: whose hidden state to take (first: 0)
     masks: Tensor  # [R, k] int64, bit l * k + j: slot j of the l-th frontier is a proper ancestor
     slots: Tensor  # [R, k] int64, index among the candidates of their level
+    positions: Tensor | None = None  # [R, k] int64, absolute ones where they are known
 
 
 class Grown(NamedTuple):
-    """A finished dynamic tree."""
+    """The nodes of a finished dynamic tree, N below the root."""
 
-    tree: Tree
-    logprobs: Tensor  # [R, T] float32, log q(token | path) of every node; 0 for the root
+    tokens: Tensor  # [R, N] int64
+    parents: Tensor  # [R, N] int64, -1 is the root
+    logprobs: Tensor  # [R, N] float32, log q(token | path)
 
 
 class Candidates(NamedTuple):
@@ -269,74 +275,70 @@ class Candidates(NamedTuple):
     parents: Tensor  # int64, index among all candidates so far; -1 is the root
 
 
+def in_kernels(device: torch.device) -> bool:
+    """Whether dynamic trees grow in kernels, as they do where layers are fused; `TreeGrowth` is the twin."""
+    return fused_wanted() and _able(device)
+
+
+@functools.cache
+def _able(device: torch.device) -> bool:
+    """Asked at every draft, so looked up once."""
+    return not kernels_need(device)
+
+
 class TreeGrowth:
     """A dynamic tree under construction: every candidate it has seen, as tensors of fixed shape (EAGLE-2, sec. 4).
 
-    The loop: `TreeGrowth(top-k below the root)`; for each further level run the head on `frontier()` and `grow(its
-    top-k)`; then `select`. Candidates are ranked by the sum of `scores` (log-probabilities, so at most 0) along
-    their path; `logprobs` are reported in their place where scores are something else than log q. Equal scores prefer
-    the earlier candidate: a parent comes before its children, so the chosen set is closed under ancestors.
-    With d levels the masks of the last frontier need (d - 2) * k <= 64.
+    The loop: `grow(top-k below the root)`; for each further level run the head on `frontier()` and `grow(its top-k)`;
+    then `select`. Candidates are ranked by the sum of `scores` (log-probabilities, so at most 0) along their path;
+    `logprobs` are reported. Equal scores prefer the earlier candidate: a parent comes before its children, so the
+    chosen set is closed under ancestors. With d levels the masks of the last frontier need (d - 2) * k <= 64.
     """
 
-    def __init__(self, scores: Tensor, tokens: Tensor, logprobs: Tensor | None = None) -> None:
-        """Start from the k best tokens below the root, [R, k], best first."""
-        scores = _bounded(scores)
-        logprobs = scores if logprobs is None else logprobs
-        self._levels = [Candidates(tokens, scores, logprobs, torch.full_like(tokens, -1))]
-        none = torch.zeros_like(tokens)
-        slots = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        self._frontier = Frontier(tokens, none, none, slots)
-        self._stale = False
+    def __init__(self, ids: Tensor | None = None) -> None:
+        """`ids` [Vd] int64 are the target's ids of the columns that are found; None, they are equal."""
+        self._ids, self._levels = ids, list[Candidates]()
+        self._frontier: Frontier | None = None
 
     def frontier(self) -> Frontier:
         """The k best candidates of the last level, best first."""
-        if self._stale:
-            self._frontier, self._stale = self._advanced(), False
+        if self._frontier is None:
+            self._frontier = self._above = self._best()
         return self._frontier
 
-    def _advanced(self) -> Frontier:
-        last, above = self._levels[-1], self._frontier
-        k = above.tokens.shape[1]
+    def _best(self) -> Frontier:
+        last, level = self._levels[-1], len(self._levels)
+        if level == 1:
+            none = torch.zeros_like(last.tokens)
+            return Frontier(last.tokens, none, none, torch.arange(none.shape[1], device=none.device).expand_as(none))
+        k = self._above.tokens.shape[1]
         slots = last.scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         parents = slots.div(k, rounding_mode="floor")
-        own = 1 << (parents + (len(self._levels) - 2) * k)
-        return Frontier(last.tokens.gather(1, slots), parents, above.masks.gather(1, parents) | own, slots)
+        own = 1 << (parents + (level - 2) * k)
+        return Frontier(last.tokens.gather(1, slots), parents, self._above.masks.gather(1, parents) | own, slots)
 
-    def grow(self, scores: Tensor, tokens: Tensor, logprobs: Tensor | None = None) -> None:
-        """Add the k best children of each slot of the frontier, [R, k, k]."""
-        scores = _bounded(scores)
-        slots = self.frontier().slots
-        total = self._levels[-1].scores.gather(1, slots)[..., None] + scores
-        parents = slots + sum(level.tokens.shape[1] for level in self._levels[:-1])
-        logprobs = scores if logprobs is None else logprobs
-        level = (tokens, total, logprobs, parents[..., None].expand_as(tokens))
-        self._levels.append(Candidates(*(part.flatten(1) for part in level)))
-        self._stale = True
+    def grow(self, found: Reading | Ranking) -> None:
+        """Add the k best children, best first, of the root [R, 1, k], then of each slot of the frontier [R, k, k]."""
+        columns, scores, logprobs = found.ranking() if isinstance(found, Reading) else found
+        tokens = columns if self._ids is None else self._ids[columns]
+        scores = total = torch.fmin(scores, scores.new_zeros(()))  # the NaN of a broken head becomes 0 too
+        parents = torch.full_like(tokens, -1)
+        if self._levels:
+            slots = self.frontier().slots
+            total = self._levels[-1].scores.gather(1, slots)[..., None] + scores
+            before = sum(level.tokens.shape[1] for level in self._levels[:-1])
+            parents = (slots + before)[..., None].expand_as(tokens)
+        self._levels.append(Candidates(*(part.flatten(1) for part in (tokens, total, logprobs, parents))))
+        self._frontier = None
 
-    def select(self, root: Tensor, nodes: int) -> Grown:
-        """The best `nodes` candidates (all, if there are fewer) below `root` [R] int64, in the order they were seen."""
-        k, levels = self._frontier.tokens.shape[1], len(self._levels)
+    def select(self, nodes: int) -> Grown:
+        """The best `nodes` candidates (all, if there are fewer), in the order they were seen."""
         seen = Candidates(*(torch.cat(part, 1) for part in zip(*self._levels, strict=True)))
         best = seen.scores.sort(dim=1, descending=True, stable=True).indices
         chosen = best[:, :nodes].sort(dim=1).values
         above = seen.parents.gather(1, chosen)
-        parents = _below_root(torch.where(above < 0, 0, torch.searchsorted(chosen, above) + 1))
-        tree = Tree(
-            tokens=torch.cat([root[:, None], seen.tokens.gather(1, chosen)], 1),
-            parents=parents,
-            depths=_below_root((chosen - k).div(k * k, rounding_mode="floor") + 2),
-            ancestors=ancestor_masks(parents, levels),
-            counts=torch.full_like(root, parents.shape[1]),
-            max_depth=levels,
-            chain=False,
-        )
-        return Grown(tree, _below_root(seen.logprobs.gather(1, chosen)))
-
-
-def _bounded(scores: Tensor) -> Tensor:
-    """At most 0; the NaN of a broken head becomes 0 too, which keeps the tree well formed."""
-    return torch.fmin(scores, scores.new_zeros(()))
+        parents = torch.where(above < 0, -1, torch.searchsorted(chosen, above))
+        return Grown(seen.tokens.gather(1, chosen), parents, seen.logprobs.gather(1, chosen))
 
 
 def _below_root(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ differ by at most one unit in the last place of the model's type, SiLU-mul by tw
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +21,31 @@ from torch import Tensor, nn
 from target.attention.base import Attend, Turn, fused_form
 from target.errors import PlanError
 from target.layers import GatedMLP, Pieces, RMSNorm, SelfAttention, ZeroCentredNorm
-from target.products import TUNED_TYPES, Config, FastProduct, FixedProduct, Linear, kernels_need
+from target.pdl import pdl_on
+from target.products import TUNED_TYPES, Config, FastProduct, FixedProduct, Linear, kernels_need, launched
 from target.rope import Rope
 
 OVERRIDE = "SPECULATOR_FUSED"  # on or off; off until the GPU tests have passed on a device
 LARGEST_NORM = 1 << 14  # values of a normed row, which one program holds
 GATED_ROWS = 64  # with more, a pass is not bound by launches and torch's product is faster
-GATED = Config(block_n=64, block_k=128, stages=3)  # two programs of a Hopper multiprocessor at a time
+GATED = Config(block_n=64, block_k=128, stages=3, pdl=True)  # two programs of a Hopper multiprocessor at a time
 GATED_MANY = GATED._replace(stages=5)  # above 16 rows, by `python -m speculator.bench.layer` on an H200
 
 
 class FusedPieces(Pieces):
-    """Pieces on a GPU, without gradients. `gated` by the number of rows alone, so recorded passes give equal bits."""
+    """Pieces on a GPU, without gradients. `gated` by the number of rows alone, so recorded passes give equal bits.
+
+    With `pdl` kernels begin while the launch before them still ends; the bits are the same.
+    """
+
+    def __init__(self, pdl: bool = False) -> None:
+        self.pdl = pdl
 
     def norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
-        return _norm(norm, x, None)[1]
+        return _norm(norm, x, None, self.pdl)[1]
 
     def add_norm(self, norm: RMSNorm, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-        return _norm(norm, x, more)
+        return _norm(norm, x, more, self.pdl)
 
     def beside(self, norm: RMSNorm, x: Tensor, other: RMSNorm | None, table: Tensor, tokens: Tensor) -> Tensor:
         from target.kernels.norm import launch_beside
@@ -46,7 +54,7 @@ class FusedPieces(Pieces):
         if not plain or table.shape[1] != x.shape[-1] or table.dtype != x.dtype or not table.is_contiguous():
             return super().beside(norm, x, other, table, tokens)
         weight, eps = (None, 0.0) if other is None else (other.weight, other.eps)
-        return launch_beside(tokens, table, weight, eps, x, norm.weight, norm.eps)
+        return launch_beside(tokens, table, weight, eps, x, norm.weight, norm.eps, self.pdl)
 
     def attend(self, layer: SelfAttention, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         fused = fused_form(attend)
@@ -62,14 +70,14 @@ class FusedPieces(Pieces):
         assert isinstance(gate_up, Linear)
         config = gated_config(gate_up, x.numel() // x.shape[-1])
         if config is None:
-            return launch_silu_mul(gate_up(x))
-        return launch_gated(x, gate_up.weight, gate_up.bias, config)
+            return launch_silu_mul(gate_up(x), self.pdl)
+        return launch_gated(x, gate_up.weight, gate_up.bias, launched(config, self.pdl))
 
 
-def _norm(norm: RMSNorm, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
+def _norm(norm: RMSNorm, x: Tensor, more: Tensor | None, pdl: bool) -> tuple[Tensor, Tensor]:
     from target.kernels.norm import launch_norm
 
-    return launch_norm(x, more, norm.weight, norm.eps, isinstance(norm, ZeroCentredNorm))
+    return launch_norm(x, more, norm.weight, norm.eps, isinstance(norm, ZeroCentredNorm), pdl)
 
 
 def gated_config(gate_up: Linear, rows: int) -> Config | None:
@@ -87,33 +95,34 @@ def gated_config(gate_up: Linear, rows: int) -> Config | None:
 
 
 FUSED = FusedPieces()
+FUSED_PDL = FusedPieces(pdl=True)
 
 
-def fuse(*models: nn.Module | None) -> int:
+def fuse(*models: nn.Module | None, pdl: bool = False) -> int:
     """Give the layers of models the fused pieces, on whatever device they are; how many modules took them."""
-    taken = 0
+    taken, pieces = 0, FUSED_PDL if pdl else FUSED
     for module in (module for model in models if model is not None for module in model.modules()):
         if isinstance(module, SelfAttention | GatedMLP) or (
             isinstance(module, RMSNorm) and module.weight.numel() <= LARGEST_NORM
         ):
-            module.pieces = FUSED
+            module.pieces = pieces
             taken += 1
         if isinstance(module, Rope):
-            module.tables = _tables
+            module.tables = partial(_tables, pdl)
     return taken
 
 
 def _tables(
-    positions: Tensor, inverse: Tensor, amplitude: float, interleaved: bool, dtype: torch.dtype
+    pdl: bool, positions: Tensor, inverse: Tensor, amplitude: float, interleaved: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     from target.kernels.turn import launch_turn
 
-    return launch_turn(positions, inverse, amplitude, interleaved, dtype)
+    return launch_turn(positions, inverse, amplitude, interleaved, dtype, pdl)
 
 
 def fuse_where_possible(device: torch.device, *models: nn.Module | None) -> int:
     """`fuse` for serving, where it is wanted, on a GPU that the kernels run on; 0 elsewhere."""
-    return fuse(*models) if fused_wanted() and not kernels_need(device) else 0
+    return fuse(*models, pdl=pdl_on(device)) if fused_wanted() and not kernels_need(device) else 0
 
 
 def fused_wanted() -> bool:

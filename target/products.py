@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from target.errors import PlanError
+from target.pdl import pdl_on
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x [..., K], weight [N, K], bias [N]) -> [..., N]
 LIBRARY = "library"  # in a table: torch's own product
@@ -28,6 +29,7 @@ TUNED_TYPES = (torch.bfloat16, torch.float16)
 ABOUT_SMS = 120  # programs that keep a large device's memory busy
 SHORTEST_RUN = 512  # of K, by default
 MOST_RUNS = 8
+MOST_BLOCKS = 1 << 12  # of columns and rows, whose runs are added by the last of them; of more, by a second launch
 
 
 class Config(NamedTuple):
@@ -40,6 +42,8 @@ class Config(NamedTuple):
     warps: int = 4  # 4 or 8: wgmma takes warps by four
     tma: bool = True  # weights through the copy engine, where the device has one
     pdl: bool = False  # programmatic dependent launch: start while the launch before still ends
+    ahead: int = 64  # KiB of weights that a program asks for until then
+    joined: bool = False  # the run of K that arrives last adds them all, instead of a second launch
 
     @property
     def order(self) -> tuple[int, bool]:
@@ -55,10 +59,13 @@ class Entry(NamedTuple):
 
 
 class Table:
-    """Measured choices by (N, K) of the weights; they hold for the `device` they were measured on."""
+    """Measured choices by (N, K) of the weights; they hold for the `device` they were measured on.
 
-    def __init__(self, device: str, entries: Mapping[tuple[int, int], Entry]) -> None:
-        self.device, self.entries = device, entries
+    Where `pdl` is off no choice has it and is otherwise the same; where it is on, what was not measured has it too.
+    """
+
+    def __init__(self, device: str, entries: Mapping[tuple[int, int], Entry], pdl: bool = False) -> None:
+        self.device, self.entries, self.pdl = device, entries, pdl
 
     @classmethod
     def read(cls, path: Path | None = None) -> Table:
@@ -74,6 +81,10 @@ class Table:
     def none(cls) -> Table:
         return cls("", {})
 
+    def on(self, device: torch.device) -> Table:
+        """These choices for a device, as far as they hold there, launched as SPECULATOR_PDL says."""
+        return Table(self.device, self.entries if self.holds_for(device) else {}, pdl_on(device))
+
     def holds_for(self, device: torch.device) -> bool:
         return bool(self.device) and device.type == "cuda" and torch.cuda.get_device_name(device) == self.device
 
@@ -82,12 +93,13 @@ class Table:
         entry = self.entries.get((n, k))
         if entry is None or rows > TILES[-1]:
             return None
-        return entry.tiles.get(next(tile for tile in TILES if rows <= tile))
+        found = entry.tiles.get(next(tile for tile in TILES if rows <= tile))
+        return None if found is None else launched(found, self.pdl)
 
     def fixed(self, n: int, k: int) -> Config:
         """The configuration of fixed order, a function of the shape of the weights alone."""
         entry = self.entries.get((n, k))
-        return default_config(n, k) if entry is None else entry.fixed
+        return default_config(n, k)._replace(pdl=self.pdl) if entry is None else launched(entry.fixed, self.pdl)
 
 
 def _entry(raw: Mapping[str, Any]) -> Entry:
@@ -100,9 +112,14 @@ def _entry(raw: Mapping[str, Any]) -> Entry:
 def _config(raw: Mapping[str, Any]) -> Config:
     config = Config(**raw)
     fits = config.block_n in (16, 32, 64, 128) and config.block_k in (16, 32, 64, 128, 256)
-    if not (fits and config.warps in (4, 8) and min(config.split, config.stages) >= 1):
+    if not (fits and config.warps in (4, 8) and min(config.split, config.stages) >= 1 and config.ahead >= 0):
         raise ValueError(f"{config} cannot be compiled")
     return config
+
+
+def launched(config: Config, pdl: bool) -> Config:
+    """The same kernel, with the launch before it still running only where that is allowed: `pdl`."""
+    return config if pdl or not config.pdl else config._replace(pdl=False)
 
 
 def default_config(n: int, k: int) -> Config:
@@ -117,28 +134,31 @@ def default_config(n: int, k: int) -> Config:
 
 
 class FastProduct:
-    """What the table measured to be fastest; torch's own product elsewhere and for everything else."""
+    """What the table measured to be fastest; torch's own product elsewhere and for everything else.
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    `arrived`, zeros [MOST_BLOCKS] int32 of the device, is for products of one stream, one after the other.
+    """
+
+    def __init__(self, table: Table, arrived: Tensor | None = None) -> None:
+        self.table, self.arrived = table, arrived
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, (n, k) = x.numel() // x.shape[-1], weight.shape
         config = self.table.fast(n, k, rows)
         if config is None or weight.dtype not in TUNED_TYPES or not weight.is_contiguous():
             return F.linear(x, weight, bias)
-        return _multiply(x, weight, bias, config)
+        return _multiply(x, weight, bias, config, self.arrived)
 
 
 class FixedProduct:
     """One order of summation for a shape of weights: a row's bits depend on nothing that shares the call."""
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    def __init__(self, table: Table, arrived: Tensor | None = None) -> None:
+        self.table, self.arrived = table, arrived
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         n, k = weight.shape
-        return _multiply(x, weight, bias, self.table.fixed(n, k))
+        return _multiply(x, weight, bias, self.table.fixed(n, k), self.arrived)
 
 
 def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -147,12 +167,12 @@ def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat(rows).view(*x.shape[:-1], weight.shape[0]) if rows else F.linear(x, weight, bias)
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, arrived: Tensor | None) -> Tensor:
     from target.kernels.skinny import multiply
 
     flat = x.flatten(0, -2) if x.dim() != 2 else x
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    return multiply(flat, weight, bias, config).view(*x.shape[:-1], weight.shape[0])
+    return multiply(flat, weight, bias, config, arrived).view(*x.shape[:-1], weight.shape[0])
 
 
 # ---- the seam ----
@@ -183,7 +203,7 @@ def fast_product(device: torch.device, table: Table | None = None) -> Product:
     table = Table.read() if table is None else table
     if not table.holds_for(device) or kernels_need(device):
         return F.linear
-    return FastProduct(table)
+    return FastProduct(table.on(device), _none_arrived(device))
 
 
 def fixed_product(device: torch.device, table: Table | None = None) -> Product:
@@ -192,8 +212,11 @@ def fixed_product(device: torch.device, table: Table | None = None) -> Product:
         return row_by_row
     if missing := kernels_need(device):
         raise PlanError(f"products of fixed order need {missing}")
-    table = Table.read() if table is None else table
-    return FixedProduct(table if table.holds_for(device) else Table.none())
+    return FixedProduct((Table.read() if table is None else table).on(device), _none_arrived(device))
+
+
+def _none_arrived(device: torch.device) -> Tensor:
+    return torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
 
 
 def in_fixed_order(model: object) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from target.fused import fused_wanted
+from target.pdl import pdl_on
 from target.products import TUNED_TYPES, Config, FixedProduct, Product, kernels_need
 
 MOST = 16  # best tokens of a row that can be asked for
@@ -153,4 +154,4 @@ def reading_config(product: Product, weight: Tensor, rows: int) -> Config | None
     if isinstance(product, FixedProduct):
         fixed = product.table.fixed(weight.shape[0], weight.shape[1])
         return fixed if fixed.split == 1 else None
-    return READ if rows <= ROWS else None
+    return READ._replace(pdl=pdl_on(weight.device)) if rows <= ROWS else None

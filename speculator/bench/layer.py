@@ -11,21 +11,26 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speculator.bench.mla import microseconds
 from speculator.bench.provenance import provenance
+from speculator.bench.skinny import AHEAD, EPS
 from target.attention.base import Turn, bind
 from target.batch import Batch
 from target.cache import PagedCache
 from target.config import ModelConfig, parse_config
 from target.decoder import DecoderLayer, cache_layer_shape, decoder_rope
-from target.fused import fuse
+from target.fused import GATED as GATED_FEW
+from target.fused import GATED_MANY, fuse
 from target.layers import TORCH, GatedMLP
-from target.products import Config, Linear
+from target.pdl import pdl_possible
+from target.products import TILES, Config, Entry, FastProduct, Linear, Product, Table, choose_products, default_config
 
 LAYERS = 4  # 1.7 GB of an 8B shape: none of it is still in the cache when its turn comes again
 PAGE = 64
@@ -73,7 +78,7 @@ class Field:
         counts = torch.full_like(context, cell.queries)
         longest = cell.context + cell.queries
         self.batch = Batch(positions, positions, context, counts, table, longest=longest, static=True)
-        self.attention = TritonAttention(self.cache)
+        self.attention = TritonAttention(self.cache, pdl=False)
         self.cos, self.sin = decoder_rope(config).cuda()(positions, torch.bfloat16)
         self.x, self.more = (self.noise(config.hidden_size) for _ in range(2))
         self.qkv = self.noise(config.num_heads + 2 * config.num_kv_heads, config.head_dim)
@@ -83,6 +88,15 @@ class Field:
 
     def layer(self, turn: int) -> DecoderLayer:
         return self.layers[turn % LAYERS]
+
+    def take(self, product: Product, pdl: bool) -> None:
+        """Fused pieces, these products, and each kernel early or not."""
+        from target.attention.triton import TritonAttention
+
+        fuse(*self.layers, pdl=pdl)
+        for layer in self.layers:
+            choose_products(layer, product)
+        self.attention = TritonAttention(self.cache, pdl=pdl)
 
     def advance(self, turn: int) -> Any:
         attend = bind(self.attention, self.batch)
@@ -103,10 +117,29 @@ def _layer(config: ModelConfig, number: int) -> DecoderLayer:
 
 
 def whole(f: Field) -> Iterator[tuple[str, Callable[[int], object]]]:
-    """The layer with torch's pieces, then, once fused, with ours."""
-    yield "layer, torch's pieces", f.advance
-    fuse(*f.layers)
-    yield "layer, fused", f.advance
+    """With torch's pieces, then with ours and cuBLAS, with products of no table, and with those of the table.
+
+    Each in order and, where the device can, with every kernel begun while the one before it ends.
+    """
+    yield "torch's pieces", f.advance
+    table, device = Table.read(), f.x.device
+    found = {"cuBLAS": {}, "default products": _default_entries(f)}
+    if table.holds_for(device):
+        found["the table's products"] = dict(table.entries)
+    for pdl in (False, True) if pdl_possible(device) else (False,):
+        for name, entries in found.items():
+            product = FastProduct(Table("", entries, pdl)) if entries else F.linear
+            f.take(product, pdl)
+            yield f"fused, {name}{', PDL' if pdl else ''}", f.advance
+    f.take(F.linear, False)
+
+
+def _default_entries(f: Field) -> dict[tuple[int, int], Entry]:
+    """All products but gate and up by the configurations that are taken where nothing was measured."""
+    layer: Any = f.layers[0]
+    shapes = [tuple(linear.weight.shape) for linear in (layer.attention.qkv, layer.attention.o, layer.mlp.down)]
+    configs = {(n, k): default_config(n, k)._replace(pdl=True) for n, k in shapes}
+    return {shape: Entry(config, dict.fromkeys(TILES, config)) for shape, config in configs.items()}
 
 
 def attention(f: Field) -> Iterator[tuple[str, Callable[[int], object]]]:
@@ -157,13 +190,57 @@ def norms(f: Field) -> Iterator[tuple[str, Callable[[int], object]]]:
     norm = f.layers[0].post_norm
     yield "torch", lambda turn: TORCH.add_norm(norm, f.x, f.more)
     yield "ours", lambda turn: launch_norm(f.x, f.more, norm.weight, norm.eps)
+    if pdl_possible(f.x.device):
+        yield "ours, PDL", lambda turn: launch_norm(f.x, f.more, norm.weight, norm.eps, pdl=True)
+
+
+def products(f: Field) -> Iterator[tuple[str, Callable[[int], object]]]:
+    """A norm and a product that reads it, with cuBLAS and with ours, in order and begun early."""
+    from target.kernels.norm import launch_norm
+
+    ones = f.layers[0].post_norm.weight
+
+    def pair(call: Product, weight_of: Callable[[DecoderLayer], Tensor], pdl: bool, turn: int) -> Tensor:
+        normed = launch_norm(f.x, None, ones, EPS, pdl=pdl)[1]
+        return call(normed.flatten(0, -2), weight_of(f.layer(turn)), None)
+
+    for name, (weight_of, config, kernel) in _multiplied(f).items():
+        yield f"norm and {name}, cuBLAS", partial(pair, F.linear, weight_of, False)
+        yield (
+            f"norm and {name}, {config.block_n} x {config.block_k} / {config.split}",
+            partial(pair, _as(kernel, config._replace(pdl=False)), weight_of, False),
+        )
+        for ahead in AHEAD if pdl_possible(f.x.device) else ():
+            early = _as(kernel, config._replace(pdl=True, ahead=ahead))
+            yield f"norm and {name}, the same, PDL, {ahead} KiB ahead", partial(pair, early, weight_of, True)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor | None, Config], Tensor]
+
+
+def _multiplied(f: Field) -> dict[str, tuple[Callable[[DecoderLayer], Tensor], Config, Kernel]]:
+    """Where a product's weights lie, how it is cut up and what multiplies."""
+    from target.kernels.silu import launch_gated
+    from target.kernels.skinny import multiply
+
+    found: dict[str, tuple[Callable[[DecoderLayer], Tensor], Config, Kernel]] = {}
+    for name in ("attention.qkv", "attention.o"):
+        weight_of = attrgetter(f"{name}.weight")
+        found[name.partition(".")[2]] = weight_of, default_config(*weight_of(f.layers[0]).shape), multiply
+    config = GATED_FEW if f.cell.rows * f.cell.queries <= 16 else GATED_MANY
+    found["gate and up"] = attrgetter("mlp.gate_up.weight"), config, launch_gated
+    return found
+
+
+def _as(kernel: Kernel, config: Config) -> Product:
+    return lambda x, weight, bias: kernel(x, weight, bias, config)
 
 
 @torch.inference_mode()
 def measure(cell: Cell) -> dict[str, Any]:
     """Microseconds of every way, by part of the layer."""
     f = Field(cell)
-    parts = {"layer": whole, "attention": attention, "gate and up": gated, "norm": norms}
+    parts = {"layer": whole, "products": products, "attention": attention, "gate and up": gated, "norm": norms}
     times = {part: {name: round(microseconds(call), 2) for name, call in ways(f)} for part, ways in parts.items()}
     return {**cell._asdict(), "microseconds": times}
 

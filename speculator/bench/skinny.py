@@ -3,6 +3,10 @@
 Owns: the candidates for a shape, the clock and the choice. All run in the same process on the same weights; a figure is
 the median over replays of a recorded loop over weights that the L2 cache cannot hold. Must never show or choose a time
 whose result was not compared with cuBLAS, nor call an order fixed whose bits it did not compare.
+
+Candidates are ranked by loops over products alone. The choice is made between pairs, a norm and the product that reads
+it, as they stand in a layer: alone, a product under programmatic dependent launch would only ask for its weights while
+another streams its own. In a pair the norm is launched in the same way whoever multiplies.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
@@ -27,7 +32,8 @@ from torch import Tensor
 
 from speculator.bench.mla import microseconds
 from speculator.bench.provenance import provenance
-from target.products import LIBRARY, TILES, Config, default_config
+from target.pdl import pdl_possible
+from target.products import LIBRARY, MOST_BLOCKS, TILES, Config, default_config, launched
 
 # N x K of the merged weights of a layer (qkv, o, gate_up, down) and of the lm_head
 MODELS: Mapping[str, tuple[tuple[int, int], ...]] = {
@@ -41,6 +47,9 @@ WARM_BYTES = 200 << 20  # of weights that a loop goes through: more than any L2 
 WRONG = 2**-6  # of the largest result
 MANY = 100_000  # columns: cuBLAS is near the bandwidth there, so half the candidates do
 SLACK = 1.02  # cuBLAS keeps a shape unless a kernel is faster by this
+FINALISTS = 2  # configurations of a tile that are timed in pairs
+AHEAD = (0, 32, 128)  # KiB that programs of a finalist ask for before its wait
+EPS = 1e-5
 
 # the static model that prunes candidates: sizes of an H200
 SMS, SHARED, BANDWIDTH, L2_BANDWIDTH = 132, 223 << 10, 4.26e12, 5.5e12
@@ -69,6 +78,13 @@ class Task(NamedTuple):
 Times = dict[Task, float]  # microseconds
 
 
+class Pairs(NamedTuple):
+    """Microseconds of a norm and the product that reads it."""
+
+    ours: Times
+    library: Mapping[int, float]  # by tile
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the bench; 0, or 2 where it cannot run."""
     args = _parser().parse_args(argv)
@@ -76,10 +92,12 @@ def main(argv: list[str] | None = None) -> int:
         print("bench skinny needs a CUDA device and the package triton", file=sys.stderr)
         return 2
     begin = time.perf_counter()
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "provenance": provenance()}
+    if args.pdl is None:
+        args.pdl = pdl_possible(torch.device("cuda"))
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "provenance": provenance(), "pdl": args.pdl}
     print(json.dumps(report["provenance"]), flush=True)
     with torch.inference_mode():
-        report["shapes"] = [tuned(shape, times) for shape, times in _timed(args)]
+        report["shapes"] = [tuned(shape, times, pairs, args.pdl) for shape, times, pairs in _timed(args)]
     report["seconds"] = round(time.perf_counter() - begin, 1)
     _summary(report)
     if args.write:
@@ -94,7 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there: target/data/products.json")
     parser.add_argument("--candidates", type=int, default=16, help="configurations of a shape that are timed")
     parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="that compile")
-    parser.add_argument("--pdl", action="store_true", help="time programmatic dependent launches too")
+    parser.add_argument(
+        "--pdl",
+        action=argparse.BooleanOptionalAction,
+        help="time programmatic dependent launches too; by default where the device has them",
+    )
     return parser
 
 
@@ -162,7 +184,7 @@ def compile_one(task: Task) -> str:
     try:
         weight = torch.empty(task.shape, dtype=torch.bfloat16, device="cuda")
         x = torch.empty(task.tile, task.shape.k, dtype=torch.bfloat16, device="cuda")
-        multiply(x, weight, None, task.config)
+        multiply(x, weight, None, task.config, torch.zeros(MOST_BLOCKS, dtype=torch.int32, device="cuda"))
         torch.cuda.synchronize()
         return ""
     except Exception as failure:  # a configuration that does not fit the device is a result, not the end of the run
@@ -179,8 +201,8 @@ def compiled(tasks: Sequence[Task], processes: int) -> list[Task]:
     return [task for task, failure in zip(tasks, failures, strict=True) if not failure]
 
 
-def _timed(args: argparse.Namespace) -> Iterator[tuple[Shape, Times]]:
-    """Every shape with the microseconds of its candidates."""
+def _timed(args: argparse.Namespace) -> Iterator[tuple[Shape, Times, Pairs]]:
+    """Every shape with the microseconds of its candidates, alone and the best of them in pairs."""
     shapes = shapes_of(args.models)
     wanted = [
         Task(s, tile, config)
@@ -190,23 +212,39 @@ def _timed(args: argparse.Namespace) -> Iterator[tuple[Shape, Times]]:
     ]
     tasks = compiled(wanted, args.processes)
     print(f"{len(tasks)} kernels of {len(wanted)} compiled", flush=True)
-    for shape in shapes:
-        times = clocked(shape, [task for task in tasks if task.shape == shape])
-        if args.pdl:
-            best = [
-                t for tile in TILES for t in sorted((t for t in times if t.tile == tile), key=times.__getitem__)[:2]
-            ]
-            more = [task._replace(config=task.config._replace(pdl=True)) for task in best]
-            times |= clocked(shape, compiled(more, args.processes))
-        yield shape, times
+    alone = {shape: clocked(shape, [task for task in tasks if task.shape == shape], _time) for shape in shapes}
+    final = [task for shape, times in alone.items() for task in finalists(shape, times, args.pdl)]
+    final = compiled(final, args.processes) if args.pdl else final
+    for shape, times in alone.items():
+        yield shape, times, paired(shape, [task for task in final if task.shape == shape], args.pdl)
 
 
-def clocked(shape: Shape, tasks: Sequence[Task]) -> Times:
+def finalists(shape: Shape, times: Times, pdl: bool) -> list[Task]:
+    """The fastest of each tile and the steadiest, as they are and, with `pdl`, in every way to launch them early."""
+    found: dict[Task, None] = {}
+    for tile in TILES:
+        ranked = sorted((task for task in times if task.tile == tile), key=lambda task: times[task])
+        steady = Task(shape, tile, fixed_choice(shape, times))
+        found |= dict.fromkeys(ranked[:FINALISTS] + ([steady] if steady in times else []))
+    joined = [t._replace(config=t.config._replace(joined=True)) for t in found if t.config.split > 1]
+    plain = [*found, *joined]
+    early = [t._replace(config=t.config._replace(pdl=True, ahead=ahead)) for t in plain for ahead in AHEAD]
+    return [*plain, *(early if pdl else ())]
+
+
+def paired(shape: Shape, tasks: Sequence[Task], pdl: bool) -> Pairs:
+    """The finalists and cuBLAS behind a norm, which is launched early with `pdl`."""
+    weights = some_weights(shape)
+    ours = clocked(shape, tasks, lambda task, weights: _time(task, weights, pdl))
+    return Pairs(ours, {tile: _pair(F.linear, some_rows(tile, shape.k), weights, pdl) for tile in TILES})
+
+
+def clocked(shape: Shape, tasks: Sequence[Task], clock: Callable[[Task, Sequence[Tensor]], float]) -> Times:
     """The time of each task whose result is right."""
     weights, times = some_weights(shape), Times()
     for task in tasks:
         try:
-            times[task] = _time(task, weights)
+            times[task] = clock(task, weights)
         except RuntimeError as failure:
             print(f"{task} failed: {failure}", flush=True)
     return times
@@ -222,15 +260,27 @@ def some_rows(rows: int, k: int) -> Tensor:
     return torch.randn(rows, k, generator=torch.Generator("cuda").manual_seed(rows), device="cuda").bfloat16()
 
 
-def _time(task: Task, weights: Sequence[Tensor]) -> float:
+def _time(task: Task, weights: Sequence[Tensor], behind_norm: bool | None = None) -> float:
+    """Alone, or behind a norm that is launched early or is not."""
     from target.kernels.skinny import multiply
 
     x = some_rows(task.tile, task.shape.k)
     expected = F.linear(x, weights[0]).float()
-    off = float((multiply(x, weights[0], None, task.config).float() - expected).abs().max() / expected.abs().max())
+    arrived = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device="cuda")
+    call = partial(multiply, bias=None, config=task.config, arrived=arrived)
+    off = float((call(x, weights[0]).float() - expected).abs().max() / expected.abs().max())
     if not off < WRONG:
         raise RuntimeError(f"wrong by {off:.3f} of the largest result")
-    return _loop(lambda weight: multiply(x, weight, None, task.config), weights)
+    if behind_norm is not None:
+        return _pair(call, x, weights, behind_norm)
+    return _loop(lambda weight: call(x, weight), weights)
+
+
+def _pair(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], pdl: bool) -> float:
+    from target.kernels.norm import launch_norm
+
+    ones = torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
+    return _loop(lambda weight: product(launch_norm(x, None, ones, EPS, pdl=pdl)[1], weight), weights)
 
 
 def _loop(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
@@ -240,22 +290,33 @@ def _loop(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
 # ---- the choice ----
 
 
-def tuned(shape: Shape, times: Times) -> dict[str, Any]:
+def tuned(shape: Shape, times: Times, pairs: Pairs, pdl: bool) -> dict[str, Any]:
     """An entry of the table, printed as it comes."""
-    library = library_times(shape)
-    tiles = {tile: fastest(times, tile) for tile in TILES}
-    fixed = fixed_choice(shape, times)
-    chosen = {tile: choice(tiles[tile], times, library[tile]) for tile in TILES}
+    fixed = early(shape, fixed_choice(shape, times), pairs.ours)
+    chosen = {tile: choice(fastest(pairs.ours, tile), pairs.ours, pairs.library[tile]) for tile in TILES}
     entry: dict[str, Any] = {"n": shape.n, "k": shape.k, "fixed": fixed._asdict()}
     entry["tiles"] = {str(tile): LIBRARY if c is None else c._asdict() for tile, c in chosen.items()}
-    entry["measured"] = [_figures(shape, rows, chosen[tile], fixed) for rows, tile in ROWS.items()]
+    entry["measured"] = [_figures(shape, rows, chosen[tile], fixed, pdl) for rows, tile in ROWS.items()]
+    entry["pairs"] = [
+        {"tile": tile, "cublas_us": round(pairs.library[tile], 2), "ours": _ranked(pairs.ours, tile)} for tile in TILES
+    ]
     return entry
 
 
-def library_times(shape: Shape) -> dict[int, float]:
-    weights = some_weights(shape)
-    rows = {tile: some_rows(tile, shape.k) for tile in TILES}
-    return {tile: _loop(lambda w, x=x: F.linear(x, w), weights) for tile, x in rows.items()}  # type: ignore[misc]
+def _ranked(times: Times, tile: int) -> list[dict[str, Any]]:
+    found = sorted((time, task.config) for task, time in times.items() if task.tile == tile)
+    return [{**config._asdict(), "us": round(time, 2)} for time, config in found]
+
+
+def early(shape: Shape, config: Config, pairs: Times) -> Config:
+    """`config` launched in the way that is fastest in pairs of the least tile: its bits are the same in all."""
+    ways = [task for task in pairs if task.tile == TILES[0] and alike(task.config, config)]
+    return min(ways, key=lambda task: pairs[task]).config if ways else config
+
+
+def alike(one: Config, other: Config) -> bool:
+    """Whether two configurations are one but for their launches."""
+    return one._replace(pdl=other.pdl, ahead=other.ahead, joined=other.joined) == other
 
 
 def fastest(times: Times, tile: int) -> Task | None:
@@ -292,25 +353,42 @@ def keeps_bits(shape: Shape, config: Config) -> bool:
     return all(torch.equal(multiply(x[a:b], weight, None, config), whole[a:b]) for a, b in parts)
 
 
-def _figures(shape: Shape, rows: int, chosen: Config | None, fixed: Config) -> dict[str, Any]:
-    """Microseconds of cuBLAS, of the choice and of the fixed order, in turns on the same weights."""
-    from target.kernels.skinny import multiply
+def _figures(shape: Shape, rows: int, chosen: Config | None, fixed: Config, pdl: bool) -> dict[str, Any]:
+    """Microseconds of cuBLAS, of the choice and of the fixed order, alone and behind a norm, on the same weights.
 
+    Alone nothing is launched early: a loop of one kernel would overlap with itself.
+    """
     weights, x = some_weights(shape), some_rows(rows, shape.k)
-    library = _loop(lambda w: F.linear(x, w), weights)
-    best = library if chosen is None else _loop(lambda w: multiply(x, w, None, chosen), weights)
-    steady = _loop(lambda w: multiply(x, w, None, fixed), weights)
-    row = {"rows": rows, "cublas_us": library, "fast_us": best, "fixed_us": steady}
-    row = {name: round(value, 2) for name, value in row.items()}
+    row: dict[str, Any] = {"rows": rows}
+    for name, config in (("cublas", None), ("fast", chosen), ("fixed", fixed)):
+        if name == "fast" and chosen is None:
+            row |= {"fast_us": row["cublas_us"], "fast_pair_us": row["cublas_pair_us"]}
+            continue
+        alone, behind = _product(config, False), _product(config, pdl)
+        row[f"{name}_us"] = round(_loop(lambda w, call=alone: call(x, w), weights), 2)  # type: ignore[misc]
+        row[f"{name}_pair_us"] = round(_pair(behind, x, weights, pdl), 2)
+    best = row["fast_us"]
     row["fast_tb_s"] = round(shape.bytes / best / 1e6, 2)
     print(_line(shape, row, chosen, fixed), flush=True)
     return row
 
 
+def _product(config: Config | None, pdl: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    from target.kernels.skinny import multiply
+
+    if config is None:
+        return F.linear
+    arrived = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device="cuda")
+    return partial(multiply, bias=None, config=launched(config, pdl), arrived=arrived)
+
+
 def _line(shape: Shape, row: Mapping[str, float], chosen: Config | None, fixed: Config) -> str:
     speed = {name: shape.bytes / row[f"{name}_us"] / 1e6 for name in ("cublas", "fast", "fixed")}
     text = f"{shape.n:6} x {shape.k:5} M {row['rows']:2}: "
-    text += "; ".join(f"{name} {row[f'{name}_us']:6.1f} us {rate:.2f} TB/s" for name, rate in speed.items())
+    text += "; ".join(
+        f"{name} {row[f'{name}_us']:6.1f} us {rate:.2f} TB/s, behind a norm {row[f'{name}_pair_us']:6.1f} us"
+        for name, rate in speed.items()
+    )
     return f"{text}; fast {LIBRARY if chosen is None else tuple(chosen)}, fixed {tuple(fixed)}"
 
 
@@ -321,9 +399,12 @@ def _summary(report: Mapping[str, Any]) -> None:
         if not all(shape in entries for shape in shapes):
             continue
         for i, rows in enumerate(ROWS):
-            sums = {n: sum(entries[s][i][n] for s in shapes[:4]) for n in ("cublas_us", "fast_us", "fixed_us")}
+            sums = {
+                name: [sum(entries[s][i][name + kind] for s in shapes[:4]) for kind in ("_us", "_pair_us")]
+                for name in ("cublas", "fast", "fixed")
+            }
             floor = sum(2 * n * k for n, k in shapes[:4]) / BANDWIDTH * 1e6
-            text = ", ".join(f"{name.removesuffix('_us')} {value:.1f} us" for name, value in sums.items())
+            text = ", ".join(f"{name} {own:.1f} us ({pair:.1f} with norms)" for name, (own, pair) in sums.items())
             print(f"{model}, one layer, M {rows}: {text}; floor at 4.26 TB/s {floor:.1f} us")
     print(f"{report['seconds']} s in all")
 

@@ -17,6 +17,7 @@ from target.cache import PagedCache
 from target.errors import PlanError
 from target.kernels import gqa as kernels
 from target.kernels.rope_write import launch_rope_write
+from target.pdl import pdl_on
 
 MOST_TILES = 1 << 14  # whose splits are joined by the last of them; of more, by a second kernel
 
@@ -28,11 +29,15 @@ class TritonAttention(FusedAttention):
     same bits whatever the other rows of the batch are, and however loose `longest` is.
     """
 
-    def __init__(self, cache: PagedCache, config: kernels.Config | None = None) -> None:
-        """`config` replaces the table's choice, for tuning. Raises PlanError for a cache without keys and values."""
+    def __init__(self, cache: PagedCache, config: kernels.Config | None = None, pdl: bool | None = None) -> None:
+        """`config` replaces the table's choice, for tuning, and `pdl` what SPECULATOR_PDL says.
+
+        Raises PlanError for a cache without keys and values.
+        """
         if not any(takes(layer) for layer in cache.layers):
             raise PlanError(f"no layer of the cache holds keys and values of {kernels.LARGEST_DIM} or less a head")
         self.cache, self._config = cache, config
+        self._pdl = pdl_on(cache.layers[0].device) if pdl is None else pdl
         self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=cache.layers[0].device)
 
     def plan(self, batch: Batch) -> Batch:
@@ -48,7 +53,7 @@ class TritonAttention(FusedAttention):
         store = self.cache.layers[layer]
         _check(store, layer, q, k.shape[2:])
         plan = _side_by_side(plan)
-        kernels.launch_store(plan, k, v, store, self.cache.page_size)
+        kernels.launch_store(plan, k, v, store, self.cache.page_size, self._pdl)
         return self.attend(plan, layer, q, window)
 
     def attend(self, plan: Batch, layer: int, q: Tensor, window: int | None) -> Tensor:
@@ -56,7 +61,7 @@ class TritonAttention(FusedAttention):
         store = self.cache.layers[layer]
         config = self._pick(store, q.shape[1], q.shape[2])
         return kernels.launch_attend(
-            _side_by_side(plan), q, store, self.cache.page_size, window, config, self._arrived
+            _side_by_side(plan), q, store, self.cache.page_size, window, config, self._arrived, None, self._pdl
         )  # fmt: skip
 
     def run_fused(self, plan: Batch, layer: int, qkv: Tensor, turn: Turn, window: int | None) -> Tensor:
@@ -66,9 +71,11 @@ class TritonAttention(FusedAttention):
         _check(store, layer, qkv[:, :, : -2 * kv_heads], store.shape[2:])
         qkv, queries = kernels.packed(qkv), qkv.shape[1]
         if queries > kernels.SPLIT_QUERIES:
-            return self.attend(plan, layer, launch_rope_write(plan, qkv, turn, store, page_size), window)
+            return self.attend(plan, layer, launch_rope_write(plan, qkv, turn, store, page_size, self._pdl), window)
         config = self._pick(store, queries, qkv.shape[2] - 2 * kv_heads)
-        return kernels.launch_attend(plan, qkv, store, page_size, window, config, self._arrived, turn)
+        return kernels.launch_attend(
+            plan, qkv, store, page_size, window, config, self._arrived, turn, self._pdl
+        )  # fmt: skip
 
     def _pick(self, store: Tensor, queries: int, heads: int) -> kernels.Config:
         return self._config or kernels.pick(queries, heads, *store.shape[2:], store.dtype, store.device)

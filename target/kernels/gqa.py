@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from target.attention.base import Turn
 from target.batch import Batch
+from target.kernels.dependent import dependent, settled
 from target.kernels.rope_write import turn_constants, turn_pointers, turned
 
 LOG2E = 1.4426950408889634
@@ -54,9 +55,11 @@ def store_kernel(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token's key and value, all heads; padding is not stored."""
     request, query = tl.program_id(0), tl.program_id(1)
+    settled(PDL)
     if query < tl.load(counts_ptr + request):
         index = tl.load(context_ptr + request) + offset + query
         slot = tl.load(pages_ptr + request * page_row + index // PAGE) * PAGE + index % PAGE
@@ -261,6 +264,7 @@ def split_kernel(
     PAIRS: tl.constexpr,
     NORMED: tl.constexpr,
     EACH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One split of one request for one tile of one kv head.
 
@@ -269,6 +273,7 @@ def split_kernel(
     SIZE: tl.constexpr = KV_HEADS * DIM
     request, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     split = tl.program_id(2)
+    settled(PDL)
     context, count, first, last, share, splits = _span(
         request, context_ptr, counts_ptr, positions_ptr, position_row, position_column, offset, window,
         queries, QUERIES_PAD, BLOCK, SPLITS, SHORTEST, TREE, WINDOWED,
@@ -399,10 +404,12 @@ def combine_kernel(
     SHORTEST: tl.constexpr,
     TREE: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Join the splits of one (query, head) pair; one that was not split is complete."""
     number = tl.program_id(0)
     request = number // (queries * HEADS)
+    settled(PDL)
     _, _, _, _, _, splits = _span(
         request, context_ptr, counts_ptr, positions_ptr, position_row, position_column, offset, window,
         queries, QUERIES_PAD, BLOCK, SPLITS, SHORTEST, TREE, WINDOWED,
@@ -481,7 +488,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 
-def launch_store(batch: Batch, k: Tensor, v: Tensor, store: Tensor, page_size: int) -> None:
+def launch_store(batch: Batch, k: Tensor, v: Tensor, store: Tensor, page_size: int, pdl: bool = False) -> None:
     """Put k and v [R, T, kv_heads, dim] into a layer's storage [slots, 2, kv_heads, dim]."""
     k, v = packed(k), packed(v)
     rows, queries, kv_heads, dim = k.shape
@@ -489,13 +496,13 @@ def launch_store(batch: Batch, k: Tensor, v: Tensor, store: Tensor, page_size: i
     store_kernel[(rows, queries)](
         k, v, store, batch.pages, batch.context, batch.counts, batch.offset, batch.pages.stride(0),
         *k.stride()[:2], *v.stride()[:2], SIZE=size, WIDTH=triton.next_power_of_2(size), PAGE=page_size,
-        num_warps=4,
+        num_warps=4, **dependent(pdl, k),
     )  # fmt: skip
 
 
 def launch_attend(
     batch: Batch, q: Tensor, store: Tensor, page_size: int, window: int | None, config: Config,
-    arrived: Tensor | None = None, turn: Turn | None = None,
+    arrived: Tensor | None = None, turn: Turn | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """q [R, T, heads, dim] over a layer's storage [slots, 2, kv_heads, dim] -> [R, T, heads, dim], of q's type.
 
@@ -531,12 +538,13 @@ def launch_attend(
         *batch.positions.stride(), KV_HEADS=kv_heads, GROUPS=heads // kv_heads, PAGE=page_size, BLOCK_M=config.rows,
         TMA=blocks is not None, STAGES=2 * config.stages + 1, JOINED=joined, FRESH=turn is not None,
         EACH=min(triton.next_power_of_2(queries), MOST_EACH) if turn else 1, num_warps=config.warps,
-        **turn_constants(turn), **constants,
+        **turn_constants(turn), **constants, **dependent(pdl, q),
     )  # fmt: skip
     if bound > 1 and not joined:
         combine_kernel[(rows * queries * heads,)](
             partial, lse, batch.context, batch.counts, batch.positions, out, batch.offset, window or 0, bound, queries,
             *batch.positions.stride(), HEADS=heads, num_warps=4, **constants,
+            **dependent(pdl, q),
         )  # fmt: skip
     return out
 

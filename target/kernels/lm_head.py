@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
+from target.kernels.dependent import ask_for, asking, dependent, release, settled, wait
 from target.kernels.skinny import _descriptor, _room, fitted, tile_of
 from target.products import Config
 from target.readout import Asked, Readout
@@ -87,6 +87,7 @@ def read_kernel(
     NAMED: tl.constexpr,
     RANKED: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """What a block of the vocabulary says to a tile of rows."""
@@ -97,9 +98,10 @@ def read_kernel(
     w_at = w_ptr + line.to(tl.int64)[:, None] * K
     live, there = row < rows, (line < N)[:, None]
     acc = tl.zeros([BLOCK_N, TILE], tl.float32)
-    if PDL:
-        cuda.gdc_wait()
+    ask_for(w_at, line < N, 0, K, AHEAD, PDL)
+    wait(PDL)
     for begin in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        release(begin, K - STAGES * BLOCK_K, PDL)
         column = begin + tl.arange(0, BLOCK_K)
         if TMA:
             w = w_blocks.load([start, begin])
@@ -109,8 +111,6 @@ def read_kernel(
         inside = live[:, None] & (column < K)[None, :]
         x = tl.load(x_at + column[None, :], mask=inside, other=0.0, eviction_policy="evict_last")
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    if PDL:
-        cuda.gdc_launch_dependents()
     logits = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
     sound = tl.min(((tl.abs(logits) < float("inf")) | (line >= N)[:, None]).to(tl.int32), 0) > 0
     logits = tl.where((logits == logits) & there, logits, float("-inf"))
@@ -177,9 +177,7 @@ def merge_kernel(
     row, block = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     there, at = block < BLOCKS, row * BLOCKS + block
     step = rows.to(tl.int64) * BLOCKS
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    settled(PDL)
     total = _joined(sums_ptr, at, step, there)
     tl.store(total_ptr + row, total)
     tl.store(finite_ptr + row, total == total)
@@ -218,18 +216,18 @@ def launch_read(x: Tensor, weight: Tensor, asked: Asked, config: Config) -> Read
     w_blocks = _descriptor(weight, config)
     tempered, named = asked.temperature is not None, asked.ids is not None
     noise = tempered and asked.keys is not None
-    more = {"launch_pdl": True} if config.pdl and x.is_cuda else {}
     read_kernel[(triton.cdiv(rows, tile), blocks)](
         x, weight, weight if w_blocks is None else w_blocks, asked.temperature if tempered else x,
         asked.keys if noise else x, asked.ids if named else x, scores, logits, columns, sums, rows, x.stride(0),
         N=n, K=k, BEST=best, BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILE=tile, STAGES=config.stages,
-        TEMPERED=tempered, NOISE=noise, NAMED=named, RANKED=ranked, TMA=w_blocks is not None, PDL=bool(more),
-        num_warps=config.warps, **more,
+        TEMPERED=tempered, NOISE=noise, NAMED=named, RANKED=ranked, TMA=w_blocks is not None, num_warps=config.warps,
+        **asking(config, config.block_n, x),
     )  # fmt: skip
     merge_kernel[(rows,)](
         scores, logits, columns, sums, out.columns, out.scores, out.logits, out.total,
         out.total if out.score_total is None else out.score_total, out.finite, rows, BEST=best, BLOCKS=blocks,
-        WIDTH=triton.next_power_of_2(blocks), RANKED=ranked, PDL=bool(more), num_warps=8, **more,
+        WIDTH=triton.next_power_of_2(blocks), RANKED=ranked, num_warps=8,
+        **dependent(config.pdl, x),
     )  # fmt: skip
     return out
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from target.kernels.dependent import dependent, settled
+
 LARGEST = 1 << 14  # values of a row, which lives in registers
 
 
@@ -31,12 +33,14 @@ def norm_kernel(
     WIDTH: tl.constexpr,
     ADD: tl.constexpr,
     CENTRED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """total = x + more; out = total / rms(total) * weight, or * (1 + weight) where CENTRED."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < SIZE
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    settled(PDL)
     x = tl.load(x_ptr + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(more_ptr + row * more_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -63,16 +67,18 @@ def beside_kernel(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     NORM_FIRST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out = [norm of the token's row in the table, norm of x]; a program has one half of one row."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside = column < SIZE
+    settled(PDL)
     if tl.program_id(1) == 0:
-        x = tl.load(table_ptr + tl.load(tokens_ptr + row) * SIZE + column, mask=inside, other=0.0)
+        x = tl.load(table_ptr + tl.load(tokens_ptr + row) * SIZE + column, mask=inside, other=0.0).to(tl.float32)
         if NORM_FIRST:
             weight = tl.load(first_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            x = _scaled(x.to(tl.float32), weight, first_eps, SIZE).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * 2 * SIZE + column, x, mask=inside)
+            x = _scaled(x, weight, first_eps, SIZE)
+        tl.store(out_ptr + row * 2 * SIZE + column, x.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         x = tl.load(x_ptr + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(second_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -86,9 +92,10 @@ def _scaled(x, weight, eps, SIZE: tl.constexpr):
 
 
 def launch_beside(
-    tokens: Tensor, table: Tensor, first: Tensor | None, first_eps: float, x: Tensor, second: Tensor, eps: float
-) -> Tensor:
-    """tokens [...] int64, table [V, size], x [..., size] -> [norm(table[tokens]), norm(x)], [..., 2 size].
+    tokens: Tensor, table: Tensor, first: Tensor | None, first_eps: float, x: Tensor, second: Tensor, eps: float,
+    pdl: bool = False,
+) -> Tensor:  # fmt: skip
+    """tokens [...] int64, table [V, size], x [..., size] of one type -> [norm(table[tokens]), norm(x)], [..., 2 size].
 
     Without `first`, its weight, rows of the table are taken as they are.
     """
@@ -99,13 +106,13 @@ def launch_beside(
         beside_kernel[(rows.shape[0], 2)](
             tokens.contiguous(), table, rows, second if first is None else first, second, out, rows.stride(0),
             first_eps, eps, SIZE=size, WIDTH=triton.next_power_of_2(size), NORM_FIRST=first is not None,
-            num_warps=min(max(size // 512, 1), 16),
+            num_warps=min(max(size // 512, 1), 16), **dependent(pdl, x),
         )  # fmt: skip
     return out
 
 
 def launch_norm(
-    x: Tensor, more: Tensor | None, weight: Tensor, eps: float, centred: bool = False
+    x: Tensor, more: Tensor | None, weight: Tensor, eps: float, centred: bool = False, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x and more [..., size] of one type -> x + more (x itself without `more`) and its norm, of x's type."""
     size = x.shape[-1]
@@ -117,7 +124,7 @@ def launch_norm(
         norm_kernel[(rows.shape[0],)](
             rows, added, weight, total, out, rows.stride(0), added.stride(0), eps, SIZE=size,
             WIDTH=triton.next_power_of_2(size), ADD=more is not None, CENTRED=centred,
-            num_warps=min(max(size // 512, 1), 16),
+            num_warps=min(max(size // 512, 1), 16), **dependent(pdl, x),
         )  # fmt: skip
     return total, out
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from target.attention.base import Turn
 from target.batch import Batch
+from target.kernels.dependent import dependent, settled
 
 HEADS_EACH = 8  # of one program
 
@@ -85,11 +86,13 @@ def rope_write_kernel(
     NORMED: tl.constexpr,
     PAGE: tl.constexpr,
     EACH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """EACH heads of one token: queries go to `out`, keys and values to their slot; padding goes nowhere."""
     Q_PARTS: tl.constexpr = (HEADS + EACH - 1) // EACH
     KV_PARTS: tl.constexpr = (KV_HEADS + EACH - 1) // EACH
     number, part = tl.program_id(0), tl.program_id(1)
+    settled(PDL)
     request, query = number // queries, number % queries
     if query >= tl.load(counts_ptr + request):
         return
@@ -136,7 +139,9 @@ def turn_constants(turn: Turn | None) -> dict[str, int | bool]:
     return dict(ROTARY=turn.cos.shape[-1], PAIRS=turn.pairs, NORMED=turn.q_weight is not None)
 
 
-def launch_rope_write(batch: Batch, qkv: Tensor, turn: Turn, store: Tensor, page_size: int) -> Tensor:
+def launch_rope_write(
+    batch: Batch, qkv: Tensor, turn: Turn, store: Tensor, page_size: int, pdl: bool = False
+) -> Tensor:
     """qkv [R, T, heads + 2 kv_heads, dim] -> rotated queries [R, T, heads, dim], those of padding undefined.
 
     Keys and values go into a layer's storage [slots, 2, kv_heads, dim].
@@ -150,5 +155,6 @@ def launch_rope_write(batch: Batch, qkv: Tensor, turn: Turn, store: Tensor, page
         qkv, out, store, batch.pages, batch.context, batch.counts, *turn_pointers(turn, qkv), batch.offset,
         batch.pages.stride(0), queries, *qkv.stride()[:2], HEADS=heads, KV_HEADS=kv_heads, DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim), PAGE=page_size, EACH=HEADS_EACH, num_warps=4, **turn_constants(turn),
+        **dependent(pdl, qkv),
     )  # fmt: skip
     return out

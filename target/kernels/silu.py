@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from target.kernels.dependent import ask_for, asking, dependent, release, settled, wait
 from target.products import Config
 
 WIDTH = 1024
@@ -35,7 +36,9 @@ def silu_mul_kernel(
     row_stride,
     inner,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    settled(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < inner
@@ -46,7 +49,7 @@ def silu_mul_kernel(
     tl.store(out_ptr + row * inner + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_silu_mul(both: Tensor) -> Tensor:
+def launch_silu_mul(both: Tensor, pdl: bool = False) -> Tensor:
     """both [..., 2 * inner] -> silu(first half) * second half [..., inner]."""
     inner = both.shape[-1] // 2
     rows = both.flatten(0, -2) if both.dim() > 1 else both[None]
@@ -54,7 +57,9 @@ def launch_silu_mul(both: Tensor) -> Tensor:
     out = torch.empty(*both.shape[:-1], inner, dtype=both.dtype, device=both.device)
     if rows.shape[0]:
         grid = (rows.shape[0], triton.cdiv(inner, WIDTH))
-        silu_mul_kernel[grid](rows, out, rows.stride(0), inner, WIDTH=WIDTH, num_warps=4)
+        silu_mul_kernel[grid](
+            rows, out, rows.stride(0), inner, WIDTH=WIDTH, num_warps=4, **dependent(pdl, rows)
+        )  # fmt: skip
     return out
 
 
@@ -75,6 +80,8 @@ def gated_kernel(
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,
     TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The weights are the left operand, so that a row of x is one column of an accumulator."""
     start = tl.program_id(1) * BLOCK_N
@@ -83,7 +90,11 @@ def gated_kernel(
     w_at = w_ptr + line.to(tl.int64)[:, None] * K
     gate = tl.zeros([BLOCK_N, TILE], tl.float32)
     up = tl.zeros([BLOCK_N, TILE], tl.float32)
+    ask_for(w_at, line < INNER, 0, K, AHEAD, PDL)
+    ask_for(w_at + INNER * K, line < INNER, 0, K, AHEAD, PDL)
+    wait(PDL)
     for block in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        release(block, K - STAGES * BLOCK_K, PDL)
         column = block + tl.arange(0, BLOCK_K)
         if TMA:
             gate_w, up_w = w_blocks.load([start, block]), w_blocks.load([INNER + start, block])
@@ -121,6 +132,7 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config)
             rows, weight, weight if blocks is None else blocks, weight if bias is None else bias, out, rows.shape[0],
             rows.stride(0), INNER=inner, K=k, BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILE=tile,
             STAGES=_stages(config, tile, x), BIAS=bias is not None, TMA=blocks is not None, num_warps=config.warps,
+            **asking(config, 2 * config.block_n, x),
         )  # fmt: skip
     return out
 

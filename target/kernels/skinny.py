@@ -7,7 +7,7 @@ product and the rows of x its columns, so a row of x is one column of an accumul
 rows of padding change nothing about it. What fixes its bits is the run of K (`split`) and the instruction that the left
 operand gets, which follows from BLOCK_N: 64 and more take Hopper's wgmma, less take mma.sync. Within a run the
 instructions go along K 16 at a time into one float32 accumulator, whatever BLOCK_K, stages or warps are. Runs end at
-multiples of RUN, and a second launch adds them, first to last.
+multiples of RUN, and are added first to last, by a second launch or, where JOINED, by the run that arrives last.
 """
 
 # triton reads the annotations of kernels, and its decorators are untyped where it is installed
@@ -21,23 +21,32 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from target.kernels.dependent import ask_for, asking, dependent, release, settled, wait
 from target.products import Config
 
 LARGEST_TILE = 128  # rows of x; more of them take several tiles, each of which streams the weights
 LONGEST_BLOCK = 256  # of K: what a box of the copy engine holds, and every run of K is a multiple of it
 RUN = tl.constexpr(LONGEST_BLOCK)
-AHEAD = tl.constexpr(1024)  # of K: weights asked for while the launch before still ends
-LINE = tl.constexpr(64)  # values of a line of the L2 cache that are asked for at once
 SUM_BLOCK = 1024  # values of a row that one program of the second launch adds up
 
 
 @triton.jit
-def _ask_for(at):
-    """Have the lines at these addresses fetched into the L2 cache; nothing waits for them."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+def _total(at, step, inside, SPLIT: tl.constexpr):
+    """The runs of K, `step` apart, first to last. Past the first-level cache, which may hold what lay there before."""
+    total = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+    for run in tl.static_range(1, SPLIT):
+        total += tl.load(at + run * step, mask=inside, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _finish(total, line, inside, bias_ptr, at, N: tl.constexpr, BIAS: tl.constexpr):
+    """Add the bias, round and store: total [BLOCK_N, TILE]."""
+    if BIAS:
+        total += tl.load(bias_ptr + line, mask=line < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(at, total.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -46,7 +55,9 @@ def product_kernel(
     w_ptr,  # [N, K]
     w_blocks,  # its descriptor in blocks [BLOCK_N, BLOCK_K], where TMA
     bias_ptr,  # [N], where BIAS
-    out_ptr,  # [rows, N]; [SPLIT, rows, N] float32 where SPLIT is above 1
+    out_ptr,  # [rows, N]
+    partial_ptr,  # [SPLIT, rows, N] float32, where SPLIT is above 1
+    arrived_ptr,  # [blocks of N, tiles] int32, zero before and after, where JOINED
     rows,
     x_row,
     N: tl.constexpr,
@@ -58,6 +69,8 @@ def product_kernel(
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,
     TMA: tl.constexpr,
+    JOINED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The programs of one block of weights lie side by side, so that further tiles find it in the L2 cache."""
@@ -69,11 +82,10 @@ def product_kernel(
     acc = tl.zeros([BLOCK_N, TILE], tl.float32)
     w_row = w_ptr + line.to(tl.int64)[:, None] * K
     begin, end = run * SHARE, tl.minimum((run + 1) * SHARE, K)
-    if PDL:  # the launch before this one makes x, but not the weights
-        ahead = begin + tl.arange(0, AHEAD // LINE)[None, :] * LINE
-        _ask_for(tl.where((line < N)[:, None] & (ahead < end), w_row + ahead, w_ptr))
-        cuda.gdc_wait()
+    ask_for(w_row, line < N, begin, end, AHEAD, PDL)
+    wait(PDL)  # the launch before this one makes x, but not the weights
     for block in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        release(block, end - STAGES * BLOCK_K, PDL)
         column = block + tl.arange(0, BLOCK_K)
         if TMA:
             w = w_blocks.load([start, block])
@@ -83,13 +95,20 @@ def product_kernel(
         inside = (row < rows)[:, None] & (column < K)[None, :]
         x = tl.load(x_at + column[None, :], mask=inside, other=0.0, eviction_policy="evict_last")
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    if PDL:
-        cuda.gdc_launch_dependents()
-    if BIAS and SPLIT == 1:
-        acc += tl.load(bias_ptr + line, mask=line < N, other=0.0).to(tl.float32)[:, None]
-    number = (run.to(tl.int64) * rows + row) * N
-    at = out_ptr + number[None, :] + line[:, None]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(line < N)[:, None] & (row < rows)[None, :])
+    inside = (line < N)[:, None] & (row < rows)[None, :]
+    own = row.to(tl.int64)[None, :] * N + line[:, None]
+    step = rows.to(tl.int64) * N
+    if SPLIT == 1:
+        _finish(acc, line, inside, bias_ptr, out_ptr + own, N, BIAS)
+    else:
+        tl.store(partial_ptr + run * step + own, acc, mask=inside)
+    if JOINED:
+        tl.debug_barrier()  # all of this run is written before it is counted
+        counter = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+            tl.store(counter, 0)
+            total = _total(partial_ptr + own, step, inside, SPLIT)
+            _finish(total, line, inside, bias_ptr, out_ptr + own, N, BIAS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -107,13 +126,8 @@ def sum_kernel(
     """Add the runs of K, first to last."""
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
-    at = partial_ptr + row * N + column
-    total = tl.load(at, mask=column < N)
-    for run in tl.static_range(1, SPLIT):
-        total += tl.load(at + run * rows.to(tl.int64) * N, mask=column < N)
+    settled(PDL)
+    total = _total(partial_ptr + row * N + column, rows.to(tl.int64) * N, column < N, SPLIT)
     if BIAS:
         total += tl.load(bias_ptr + column, mask=column < N).to(tl.float32)
     tl.store(out_ptr + row * N + column, total.to(out_ptr.dtype.element_ty), mask=column < N)
@@ -141,11 +155,14 @@ def fitted(config: Config, tile: int, itemsize: int, room: int) -> Config:
     return config
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config) -> Tensor:
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, arrived: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """x [M, K], weight [N, K], bias [N] of one type -> x W^T + b [M, N] of that type, summed in float32.
 
     Rows of x may lie any distance apart; everything else is contiguous. The bits of a result's row follow from its row
-    of x, the weights, N, K and `config.order` alone.
+    of x, the weights, N, K and `config.order` alone. `arrived` are zeros [many] int32 that nobody else uses at the
+    time; without enough of them a second launch adds the runs of K.
     """
     rows, (n, k) = x.shape[0], weight.shape
     tile = tile_of(rows)
@@ -156,17 +173,20 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config) -> 
         return out
     parts = out if split == 1 else torch.empty(split, rows, n, dtype=torch.float32, device=x.device)
     blocks = _descriptor(weight, config)
-    more = {"launch_pdl": True} if config.pdl and x.is_cuda else {}
     bias_or_any = weight if bias is None else bias
-    product_kernel[(triton.cdiv(rows, tile), triton.cdiv(n, config.block_n), split)](
-        x, weight, weight if blocks is None else blocks, bias_or_any, parts, rows, x.stride(0), N=n, K=k,
+    grid = (triton.cdiv(rows, tile), triton.cdiv(n, config.block_n), split)
+    joined = config.joined and split > 1 and arrived is not None and arrived.numel() >= grid[0] * grid[1]
+    product_kernel[grid](
+        x, weight, weight if blocks is None else blocks, bias_or_any, out, parts, arrived if joined else out, rows,
+        x.stride(0), N=n, K=k,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILE=tile, SPLIT=split, STAGES=config.stages,
-        BIAS=bias is not None, TMA=blocks is not None, PDL=bool(more), num_warps=config.warps, **more,
+        BIAS=bias is not None, TMA=blocks is not None, JOINED=joined, num_warps=config.warps,
+        **asking(config, config.block_n, x),
     )  # fmt: skip
-    if split > 1:
+    if split > 1 and not joined:
         sum_kernel[(triton.cdiv(n, SUM_BLOCK), rows)](
             parts, bias_or_any, out, rows, N=n, SPLIT=split, BIAS=bias is not None,
-            BLOCK=SUM_BLOCK, PDL=bool(more), num_warps=4, **more,
+            BLOCK=SUM_BLOCK, num_warps=4, **dependent(config.pdl, x),
         )  # fmt: skip
     return out
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from target.kernels.dependent import dependent, settled
+
 
 @triton.jit(do_not_specialize=["count"])
 def turn_kernel(
@@ -24,11 +26,14 @@ def turn_kernel(
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The two members of a pair have one angle; the sin of the first is negated."""
     row, pair = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside = pair < HALF
-    angle = tl.load(positions_ptr + row).to(tl.float32) * tl.load(inverse_ptr + pair, mask=inside, other=0.0)
+    inverse = tl.load(inverse_ptr + pair, mask=inside, other=0.0)
+    settled(PDL)
+    angle = tl.load(positions_ptr + row).to(tl.float32) * inverse
     cos = (tl.cos(angle) * amplitude).to(out_ptr.dtype.element_ty)
     sin = tl.sin(angle) * amplitude
     first = row * 2 * HALF + (2 * pair if PAIRS else pair)
@@ -41,7 +46,7 @@ def turn_kernel(
 
 
 def launch_turn(
-    positions: Tensor, inverse: Tensor, amplitude: float, interleaved: bool, dtype: torch.dtype
+    positions: Tensor, inverse: Tensor, amplitude: float, interleaved: bool, dtype: torch.dtype, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
     """positions [...] int64, inverse frequencies [dim / 2] float32 -> cos, sin [..., 1, dim] of `dtype`."""
     half, count = inverse.shape[0], positions.numel()
@@ -50,5 +55,6 @@ def launch_turn(
         turn_kernel[(count,)](
             positions.contiguous(), inverse, out, amplitude, count,
             HALF=half, WIDTH=triton.next_power_of_2(half), PAIRS=interleaved, num_warps=1,
+            **dependent(pdl, out),
         )  # fmt: skip
     return out[0], out[1]

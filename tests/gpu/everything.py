@@ -28,6 +28,7 @@ LONG = (
     "test_lm_head_gpu",
     "test_gqa_gpu",
     "test_invariant_gpu",
+    "test_pdl_gpu",
 )
 ALONE = {"test_agreement_gpu": 2, "test_ranks_gpu": 2, "test_data_parallel_gpu": 2, "test_memory_gpu": 1}  # no sharing
 SPECULATOR = (sys.executable, "-m", "speculator")
@@ -60,14 +61,14 @@ def jobs(out: Path) -> list[Job]:
     found.sort(key=lambda name: (name not in ALONE, LONG.index(name) if name in LONG else len(LONG)))
     tests = [Job(name, (*pytest, f"tests/gpu/{name}.py"), 420, ALONE.get(name, 0)) for name in found]
     benches = [
-        _bench("skinny", 200, "--write", str(out / "products.json")),
+        _bench("skinny", 400, "--write", str(out / "products.json")),
         _bench("mla", 240, "--variants", *_peer("--flash-mla", "SPECULATOR_FLASHMLA"), out=out / "mla_variants.json"),
         _bench("mla", 200, *_peer("--flash-mla", "SPECULATOR_FLASHMLA"), out=out / "mla.json"),
         _bench("gqa", 120, *_peer("--flash3", "SPECULATOR_FLASH3"), out=out / "gqa.json"),
         _bench("round", 300, "--graphs", "split", "round", out=out / "round.json"),
         _bench("graphs", 120, out=out / "graphs.json"),
         _bench("graphs", 200, *FULL_CARD, out=out / "graphs_8b.json"),
-        Job("bench_layer", (sys.executable, "-m", "speculator.bench.layer", "--json", str(out / "layer.json")), 90, 1),
+        Job("bench_layer", (sys.executable, "-m", "speculator.bench.layer", "--json", str(out / "layer.json")), 240, 1),
         Job("invariant", (*SPECULATOR, "invariant", "--json", str(out / "invariant.json")), 200, 1),
     ]
     return tests + benches

@@ -16,7 +16,7 @@ from graphs.recorder import CudaRecorder
 from target.attention.base import bind
 from target.batch import Batch
 from target.cache import PagedCache
-from target.config import parse_config
+from target.config import RopeConfig, parse_config
 from target.decoder import Decoder, DecoderLayer, cache_layer_shape
 from target.fused import FUSED, GATED, GATED_ROWS, fuse, fuse_where_possible
 from target.products import Config
@@ -25,10 +25,13 @@ from tests.unit.targets import twins
 from tests.unit.test_fused import (
     FAMILIES,
     NORMED,
+    ROPES,
     TURNS,
+    check_beside,
     check_gated,
     check_norms,
     check_silu_mul,
+    check_tables,
     check_turned,
     noise,
     parity,
@@ -67,6 +70,18 @@ def full_float32() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_round_as_torch_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_norms(shape, dtype, GPU)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 48), (3, 64), (0, 32), (5, 4096), (64, 8192)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_embedding_and_a_hidden_state_are_normed_side_by_side(count: int, size: int, dtype: torch.dtype) -> None:
+    check_beside(count, size, dtype, GPU)
+
+
+@pytest.mark.parametrize("config", ROPES, ids=lambda config: config.kind)
+@pytest.mark.parametrize(("dim", "interleaved"), [(128, False), (64, True), (48, False)])
+def test_rotary_tables(config: RopeConfig, dim: int, interleaved: bool) -> None:
+    check_tables(config, dim, interleaved, GPU)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 96), (1, 3000), (0, 4), (64, 28672)])

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from target.products import TILES, Config, FastProduct, FixedProduct, Table, default_config, fast_product, fixed_product
+from target.products import (
+    MOST_BLOCKS,
+    TILES,
+    Config,
+    FastProduct,
+    FixedProduct,
+    Table,
+    default_config,
+    fast_product,
+    fixed_product,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,6 +95,22 @@ def test_a_row_has_the_same_bits_in_any_company(config: Config, dtype: torch.dty
         for begin in (0, 200 - rows, (200 - rows) // 3):
             part = multiply(x[begin : begin + rows], weight, bias, config)
             assert torch.equal(part, whole[begin : begin + rows]), (rows, begin)
+
+
+@pytest.mark.parametrize(
+    "config", [Config(64, 128, split=4), Config(16, 256, split=8), Config(32, 64, split=2, tma=False)]
+)
+@pytest.mark.parametrize("rows", [1, 8, 64, 130])
+def test_the_run_that_arrives_last_adds_them_as_a_second_launch_would(config: Config, rows: int) -> None:
+    from target.kernels.skinny import multiply
+
+    x, weight, bias = inputs(rows, 4096, 4096, torch.bfloat16)
+    arrived = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device="cuda")
+    for shift in (None, bias):
+        expected = multiply(x, weight, shift, config)
+        for _ in range(50):
+            assert torch.equal(multiply(x, weight, shift, config._replace(joined=True), arrived), expected)
+    assert not arrived.any()
 
 
 @pytest.mark.parametrize("block_n", [32, 64])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculator.readout import draft_ranking, target_draws
+from speculator.readout import draft_ranking, draft_reading, target_draws
 from speculator.sampling import RowSampling, Stream, coupled_sample, gumbel, gumbel_of, noise_keys, scores
 from speculator.types import SamplingParams
 from target import readout
@@ -96,6 +96,18 @@ def test_a_ranking_is_the_softened_one_of_draft_trees(params: list[SamplingParam
     assert found is not None and torch.equal(found.columns, columns)
     torch.testing.assert_close(found.scores, best, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.logprobs, logq.gather(-1, columns), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [None, torch.tensor([77])])
+def test_one_row_at_many_places_is_asked_about_from_whole_memory(keys: Tensor | None) -> None:
+    """Kernels read a value a place: an expanded tensor would have only the first."""
+    rows, counter, asked = RowSampling.from_params(MIXED[1:2], CPU), torch.arange(4)[None], list[Asked]()
+    draft_reading(lambda question: asked.append(question), rows, counter, 3, None, True, keys)
+    target_draws(lambda question: asked.append(question), rows, counter)
+    for question in asked:
+        for values in (question.temperature, question.keys):
+            assert values is not None and values.shape == (4,) and values.is_contiguous()
+    assert keys is None or (asked[0].keys == keys).all()
 
 
 @pytest.mark.parametrize("filtered", [{"top_p": 0.5}, {"repetition_penalty": 1.5}], ids=lambda f: next(iter(f)))

@@ -399,9 +399,15 @@ def test_r1_broken_a_plan_that_an_earlier_pass_made_is_refused(device: str = "cp
 class FrozenLengths(Rounds):
     """Lengths taken from memory that does not belong to the pass: those of whoever wrote last."""
 
-    def _below(self, order: Any, shape: Any, pages: Tensor) -> Any:
-        tree, batch = super()._below(order, shape, pages)
-        return tree, batch._replace(context=self.rows.cached[: shape.rows])
+    def _glue(self, kind: Any) -> Any:
+        glue = super()._glue(kind)
+        begin = glue.begin
+
+        def begun(orders: Tensor) -> Any:
+            return begin(orders)._replace(context=self.rows.cached[: len(orders)])
+
+        glue.begin = begun  # type: ignore[method-assign]
+        return glue
 
 
 def test_r2_broken_a_plan_over_memory_of_others_is_refused(device: str = "cpu") -> None:

@@ -130,6 +130,25 @@ def test_runs_end_at_the_same_place_whatever_the_blocks() -> None:
 
 
 @on_the_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "n", "k"), [(3, 70, 1032), (130, 33, 2048), (1, 16, 512), (0, 8, 1024)])
+def test_the_run_that_arrives_last_adds_them_as_a_second_launch_would(
+    rows: int, n: int, k: int, dtype: torch.dtype
+) -> None:  # fmt: skip
+    from target.kernels.skinny import multiply
+
+    x, weight, bias = inputs(rows, n, k, dtype)
+    arrived = torch.zeros(8, dtype=torch.int32)
+    too_few = torch.tensor([0, 7, 7, 7, 7, 7, 7, 7], dtype=torch.int32)[:1]
+    for config in (Config(32, 64, split=3), Config(16, 256, split=4, tma=False), Config(64, 64, joined=True)):
+        for shift in (None, bias):
+            expected = multiply(x, weight, shift, config)
+            for counters in (arrived, too_few, None):  # where they are too few, a second launch
+                assert torch.equal(multiply(x, weight, shift, config._replace(joined=True), counters), expected)
+                assert not arrived.any()
+
+
+@on_the_interpreter
 @pytest.mark.parametrize("tile", [16, 32, 64, 128])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_what_memory_is_short_of_leaves_the_order(config: Config, tile: int) -> None:
@@ -170,11 +189,19 @@ def instructions(config: Config, tile: int) -> set[str]:
 
     blocks = f"tensordesc<bf16[{config.block_n}, {config.block_k}]>"
     types = dict(
-        x_ptr="*bf16", w_ptr="*bf16", w_blocks=blocks, bias_ptr="*bf16", out_ptr="*fp32", rows="i32", x_row="i32"
+        x_ptr="*bf16",
+        w_ptr="*bf16",
+        w_blocks=blocks,
+        bias_ptr="*bf16",
+        out_ptr="*bf16",
+        partial_ptr="*fp32",
+        arrived_ptr="*i32",
+        rows="i32",
+        x_row="i32",
     )
     constants = dict(
         N=512, K=2048, BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILE=tile, SPLIT=config.split,
-        STAGES=config.stages, BIAS=False, TMA=True, PDL=config.pdl,
+        STAGES=config.stages, BIAS=False, TMA=True, JOINED=False, AHEAD=0, PDL=config.pdl,
     )  # fmt: skip
     names = product_kernel.arg_names
     source = ASTSource(
@@ -283,7 +310,7 @@ def test_a_measured_shape_is_multiplied_by_its_configuration(tmp_path: Path, mon
 
     used: list[Config] = []
     plain = skinny.multiply
-    monkeypatch.setattr(skinny, "multiply", lambda x, w, b, config: used.append(config) or plain(x, w, b, config))
+    monkeypatch.setattr(skinny, "multiply", lambda *inputs: used.append(inputs[3]) or plain(*inputs))
     product = FastProduct(Table.read(written(tmp_path / "t.json", [SHAPE])))
     for rows in (1, 20, 40):
         x, weight, bias = inputs(rows, 96, 64, torch.float16)

@@ -67,15 +67,45 @@ def test_the_fixed_order_loses_least_where_it_loses_most(monkeypatch: pytest.Mon
 
 
 def test_what_is_written_is_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    times = times_of(*((SPLIT, tile, 9.0) for tile in TILES))
+    """Pairs decide, not what a product takes alone; cuBLAS keeps what it wins there."""
+    times = times_of(*((SPLIT, tile, 9.0) for tile in TILES), *((NARROW, tile, 8.0) for tile in TILES[:2]))
+    pairs = times_of(*((SPLIT, tile, 9.0) for tile in TILES), (NARROW, 16, 9.5))
     monkeypatch.setattr(skinny, "keeps_bits", lambda shape, config: True)
-    monkeypatch.setattr(skinny, "library_times", lambda shape: {16: 13.0, 32: 8.0, 64: 13.0})
-    monkeypatch.setattr(skinny, "_figures", lambda shape, rows, chosen, fixed: {"rows": rows})
-    entry = skinny.tuned(SHAPE, times)
+    monkeypatch.setattr(skinny, "_figures", lambda shape, rows, chosen, fixed, pdl: {"rows": rows})
+    entry = skinny.tuned(SHAPE, times, skinny.Pairs(pairs, {16: 13.0, 32: 8.0, 64: 13.0}), False)
+    assert [p["cublas_us"] for p in entry["pairs"]] == [13.0, 8.0, 13.0]
+    assert [p["us"] for p in entry["pairs"][0]["ours"]] == [9.0, 9.5]
     (tmp_path / "t.json").write_text(json.dumps({"device": "x", "provenance": {}, "shapes": [entry]}))
     table = Table.read(tmp_path / "t.json")
     assert table.fast(*SHAPE, 8) == table.fast(*SHAPE, 64) == table.fixed(*SHAPE) == SPLIT
     assert table.fast(*SHAPE, 32) is None
+
+
+def test_what_starts_early_is_taken_where_pairs_gain_by_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    early = SPLIT._replace(pdl=True, ahead=128)
+    times = times_of(*((SPLIT, tile, 9.0) for tile in TILES))
+    pairs = times | times_of((early, 16, 8.0), (early, 64, 9.5), (early._replace(ahead=32), 16, 8.5))
+    monkeypatch.setattr(skinny, "keeps_bits", lambda shape, config: True)
+    monkeypatch.setattr(skinny, "_figures", lambda shape, rows, chosen, fixed, pdl: {"rows": rows})
+    entry = skinny.tuned(SHAPE, times, skinny.Pairs(pairs, dict.fromkeys(TILES, 20.0)), True)
+    (tmp_path / "t.json").write_text(json.dumps({"device": "x", "pdl": True, "shapes": [entry]}))
+    read = Table.read(tmp_path / "t.json")
+    on, off = Table("x", read.entries, pdl=True), Table("x", read.entries)
+    assert on.fast(*SHAPE, 8) == on.fixed(*SHAPE) == early and on.fast(*SHAPE, 64) == SPLIT
+    assert off.fast(*SHAPE, 8) == off.fixed(*SHAPE) == early._replace(pdl=False)
+
+
+def test_finalists_are_timed_in_every_way_to_launch_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [Config(16, 64, stages=s) for s in range(2, 7)]
+    times = times_of(*((c, 16, 10.0 + i) for i, c in enumerate(others)), *((SPLIT, tile, 30.0) for tile in TILES))
+    monkeypatch.setattr(skinny, "keeps_bits", lambda shape, config: True)
+    plain = skinny.finalists(SHAPE, times, False)
+    joined = SPLIT._replace(joined=True)
+    assert [task.config for task in plain if task.tile == 16] == [*others[: skinny.FINALISTS], SPLIT, joined]
+    assert [task.config for task in plain if task.tile == 64] == [SPLIT, joined]
+    both = skinny.finalists(SHAPE, times, True)
+    assert both[: len(plain)] == plain and len(both) == len(set(both)) == len(plain) * (1 + len(skinny.AHEAD))
+    assert all(task.config.pdl for task in both[len(plain) :])
 
 
 def test_without_a_gpu_the_bench_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speculator.readout import Ranking
 from speculator.tree import (
     StaticTree,
     TreeGrowth,
     ancestor_masks,
+    below,
     chain,
     compaction,
     pack,
@@ -211,7 +213,8 @@ def check_masks(masks: torch.Tensor, paths: list[tuple[int, ...]], ran: list[tup
 def grow(heads: list[PathHead], depth: int) -> TreeGrowth:
     """The draft loop with path heads; the 'hidden state' of a node is its path."""
     scores, tokens = expand(heads, [[()] for _ in heads])
-    growth = TreeGrowth(scores[:, 0], tokens[:, 0])
+    growth = TreeGrowth()
+    growth.grow(Ranking(tokens, scores, scores))
     above: list[list[tuple[int, ...]]] = [[()] for _ in heads]
     ran: list[list[tuple[int, ...]]] = [[] for _ in heads]
     for _ in range(depth - 1):
@@ -221,7 +224,8 @@ def grow(heads: list[PathHead], depth: int) -> TreeGrowth:
         for row, paths in enumerate(above):
             check_masks(frontier.masks[row], paths, ran[row])
             ran[row] += paths
-        growth.grow(*expand(heads, above))
+        scores, tokens = expand(heads, above)
+        growth.grow(Ranking(tokens, scores, scores))
     return growth
 
 
@@ -231,31 +235,30 @@ def grow(heads: list[PathHead], depth: int) -> TreeGrowth:
 )
 def test_the_dynamic_tree_is_the_naive_one(depth: int, k: int, nodes: int, coarseness: int) -> None:
     heads = [PathHead(k, coarseness, seed) for seed in range(3)]
-    grown = grow(heads, depth).select(torch.tensor([5, 6, 7]), nodes)
+    grown = grow(heads, depth).select(nodes)
     for row, head in enumerate(heads):
         expected = naive_tree(head, depth, nodes)
-        draft = Draft(tuple(n[0] for n in expected), tuple(n[1] for n in expected))
-        packed = pack([draft], [row + 5], "cpu")
-        for ours, naive in zip(grown.tree[:5], packed[:5], strict=True):
-            assert torch.equal(ours[row], naive[0])
-        assert grown.logprobs[row].tolist() == [0.0, *(n[2] for n in expected)]
-    assert grown.tree.max_depth == depth
+        for ours, naive in zip(grown, zip(*expected, strict=True), strict=True):
+            assert ours[row].tolist() == list(naive)
 
 
 def test_reported_logprobs_may_differ_from_the_ranking() -> None:
-    scores, tokens = torch.tensor([[-1.0, -2.0]]), torch.tensor([[8, 9]])
-    growth = TreeGrowth(scores, tokens, torch.tensor([[-0.1, -0.2]]))
-    growth.grow(scores[:, None].expand(1, 2, 2), tokens[:, None].expand(1, 2, 2), torch.full((1, 2, 2), -0.5))
-    grown = growth.select(torch.tensor([0]), 3)
-    torch.testing.assert_close(grown.logprobs, torch.tensor([[0.0, -0.1, -0.2, -0.5]]))
+    scores, tokens = torch.tensor([[[-1.0, -2.0]]]), torch.tensor([[[8, 9]]])
+    growth = TreeGrowth()
+    growth.grow(Ranking(tokens, scores, torch.tensor([[[-0.1, -0.2]]])))
+    growth.grow(Ranking(tokens.expand(1, 2, 2), scores.expand(1, 2, 2), torch.full((1, 2, 2), -0.5)))
+    torch.testing.assert_close(growth.select(3).logprobs, torch.tensor([[-0.1, -0.2, -0.5]]))
 
 
 def test_a_broken_head_still_gives_a_tree() -> None:
     """NaN or a positive score below a bad parent must not be chosen without the parent."""
-    growth = TreeGrowth(torch.tensor([[-1.0, -5.0]]), torch.tensor([[1, 2]]))
+    growth = TreeGrowth()
+    first, scores = torch.tensor([[[-1.0, -5.0]]]), torch.tensor([[[-1.0, -math.inf], [math.nan, 9.0]]])
+    growth.grow(Ranking(torch.tensor([[[1, 2]]]), first, first))
     for _ in range(2):
-        growth.grow(torch.tensor([[[-1.0, -math.inf], [math.nan, 9.0]]]), torch.tensor([[[1, 2], [3, 4]]]))
+        growth.grow(Ranking(torch.tensor([[[1, 2], [3, 4]]]), scores, scores))
     for nodes in range(1, 10):
-        tree = growth.select(torch.tensor([0]), nodes).tree
-        assert (tree.parents[0, 1:] < torch.arange(1, nodes + 1)).all()
+        grown = growth.select(nodes)
+        assert (grown.parents[0] < torch.arange(nodes)).all()
+        tree = below(torch.tensor([0]), grown.tokens, grown.parents, torch.tensor([nodes + 1]), 3)
         assert torch.equal(tree.depths[0, 1:], tree.depths[0].gather(0, tree.parents[0, 1:]) + 1)

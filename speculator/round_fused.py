@@ -1,0 +1,92 @@
+"""A chain round between its passes as a few kernels: one before the target, one after, one a drafted token.
+
+Owns: the hand-over from passes to launches, and which kinds of round it takes. Must never know device code or
+recordings. `round_glue.TorchGlue` is the oracle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from speculator.heads.base import DraftHead
+from speculator.kernels.chain import launch_begin, launch_judge, launch_note, launch_settle
+from speculator.passes import EagerPasses, Verified
+from speculator.round_glue import Glue, Kind, Memory, TorchGlue
+from speculator.round_state import FILTERED, GREEDY
+from speculator.round_tree import TreeGlue
+from speculator.sampling import gumbel_of
+from target.attention.base import Attention, bind
+from target.batch import Batch
+from target.readout import Asked, Readout, read_logits
+
+
+def fused_glue(memory: Memory, kind: Kind) -> Glue:
+    """The kernels, or torch's operations where these do not serve: filters, heads of several modules."""
+    if kind.mode == FILTERED or memory.lookback:
+        return TorchGlue(memory, kind)
+    return ChainGlue(memory, kind) if kind.drafted.is_chain else TreeGlue(memory, kind)
+
+
+class ChainGlue:
+    """`Glue` of chains that are drawn without filters, and of rounds without drafts."""
+
+    def __init__(self, memory: Memory, kind: Kind) -> None:
+        self.memory, self.kind, rows = memory, kind, memory.rows
+        self.depth = 0 if kind.plain else kind.drafted.depth
+        self.state = memory.state.memory | {"cached": rows.cached, "root": rows.root}
+
+    def begin(self, orders: Tensor) -> Batch:
+        noise = self.kind.mode != GREEDY
+        self.begun = launch_begin(orders, self.state, self.memory.state.spare, self.kind.queries, noise)
+        self.batch = self.begun.batch._replace(longest=self.memory.capacity)
+        return self.batch
+
+    def judge(self, verified: Verified) -> None:
+        asked = Asked(temperature=self.begun.temperature, keys=self.begun.keys)
+        found = verified.read(asked)
+        if found is None:
+            found = _written(verified.logits, asked)
+        self.features, self.judged = verified.features, launch_judge(found, self.begun, self.state, self.depth)
+
+    def catch_up(self, passes: EagerPasses) -> None:
+        judged = self.judged
+        batch = self.batch._replace(tokens=judged.tokens, positions=judged.positions, counts=judged.kept)
+        outputs = passes.outputs(batch, self.features, judged.tokens)
+        self.output = launch_settle(outputs, self.begun, judged, self.memory.rows.output)
+
+    def draft(self, passes: EagerPasses) -> None:
+        assert passes.head is not None
+        head, output = passes.head, self.output
+        tokens = self._draw(head, output, 1)
+        for depth in range(1, self.depth):
+            output = self._follow(head, passes.head_attention, output, tokens, depth)
+            tokens = self._draw(head, output, depth + 1)
+
+    def _follow(self, head: DraftHead, attention: Attention[Any], above: Tensor, tokens: Tensor, depth: int) -> Tensor:
+        """Outputs [R, 1, H] of drafted tokens [R, 1] of `depth` below outputs `above` [R, 1, H]."""
+        judged, positions = self.judged, self.judged.levels[depth - 1][:, None]
+        batch = self.batch._replace(
+            tokens=tokens, positions=positions, context=judged.context, counts=judged.live, offset=depth - 1
+        )
+        return head(head.recycle(above), tokens, positions, bind(attention, batch))  # type: ignore[no-any-return]
+
+    def _draw(self, head: DraftHead, output: Tensor, level: int) -> Tensor:
+        """The tokens [R, 1] after outputs [R, 1, H], noted."""
+        judged, ids = self.judged, head.target_ids
+        keys = None if judged.keys is None else judged.keys[level - 1]
+        # only the values' own total is needed, which is that of the logits where all rows are greedy
+        asked = Asked(temperature=judged.temperature, keys=keys, ids=ids, ranked=keys is not None)
+        found = head.read(output, asked)
+        if found is None:
+            found = _written(head.logits(output), asked)
+        return launch_note(found, ids, level, self.begun, judged, self.state["tokens"], self.depth)
+
+    def result(self) -> Tensor:
+        return self.judged.result
+
+
+def _written(logits: Tensor, asked: Asked) -> Readout:
+    """About written logits [R, T, V]."""
+    return read_logits(logits.flatten(0, 1), asked, gumbel_of)
