@@ -101,7 +101,7 @@ class ParallelConfig:
 class GraphsConfig:
     """Which passes are recorded at start-up and replayed. On a CPU the tape recorder stands in for CUDA graphs."""
 
-    mode: Literal["auto", "off", "split", "piecewise", "round"] = "auto"  # auto: piecewise on a GPU, off on a CPU
+    mode: Literal["auto", "off", "split", "piecewise", "round"] = "auto"  # auto: round on a GPU, off on a CPU
     rows: int = 0  # largest batch of rounds that is recorded; 0 is the engine's sessions, 32 at most
     prompt_tokens: int = 1024  # largest prompt chunk that is recorded, over all rows of a step (piecewise, round)
     depths: str = "0"  # chains shorter than draft.depth that get rounds of their own, as depths between commas (round)

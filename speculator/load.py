@@ -249,14 +249,14 @@ def with_page_size(config: Config, device: torch.device) -> Config:
 
 
 def graph_mode(config: Config, device: torch.device) -> str:
-    """`auto` records where launching costs more than computing: on a GPU.
-
-    Whole rounds have to be asked for until their tests have passed on a device.
-    """
+    """`auto` records where launching costs more than computing, on a GPU, and there the most that the ranks can."""
     if config.graphs.mode != "auto":
         return config.graphs.mode
-    best = "piecewise" if config.parallel.pipeline == 1 else "split"
-    return best if device.type == "cuda" else "off"
+    if device.type != "cuda":
+        return "off"
+    if config.parallel.pipeline > 1:
+        return "split"
+    return "piecewise" if config.parallel.attention_data else "round"
 
 
 def graph_sizes(config: Config, target: Decoder) -> Sizes:

@@ -25,7 +25,7 @@ from target.pdl import pdl_on
 from target.products import TUNED_TYPES, Config, FastProduct, FixedProduct, Linear, kernels_need, launched
 from target.rope import Rope
 
-OVERRIDE = "SPECULATOR_FUSED"  # on or off; off until the GPU tests have passed on a device
+OVERRIDE = "SPECULATOR_FUSED"  # on or off; on where it is not set
 LARGEST_NORM = 1 << 14  # values of a normed row, which one program holds
 GATED_ROWS = 64  # with more, a pass is not bound by launches and torch's product is faster
 GATED = Config(block_n=64, block_k=128, stages=3, pdl=True)  # two programs of a Hopper multiprocessor at a time
@@ -127,7 +127,7 @@ def fuse_where_possible(device: torch.device, *models: nn.Module | None) -> int:
 
 def fused_wanted() -> bool:
     """What SPECULATOR_FUSED says; PlanError when it is neither on nor off."""
-    wanted = os.environ.get(OVERRIDE) or "off"
+    wanted = os.environ.get(OVERRIDE) or "on"
     if wanted not in ("on", "off"):
         raise PlanError(f"unknown {OVERRIDE} '{wanted}': on or off")
     return wanted == "on"

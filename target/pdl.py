@@ -13,7 +13,7 @@ import torch
 
 from target.errors import PlanError
 
-OVERRIDE = "SPECULATOR_PDL"  # on or off; off until it has been measured on a device
+OVERRIDE = "SPECULATOR_PDL"  # on or off; on where it is not set
 OLDEST = (9, 0)  # compute capability that has it
 
 
@@ -24,7 +24,7 @@ def pdl_on(device: torch.device) -> bool:
 
 def pdl_wanted() -> bool:
     """What SPECULATOR_PDL says; PlanError when it is neither on nor off."""
-    wanted = os.environ.get(OVERRIDE) or "off"
+    wanted = os.environ.get(OVERRIDE) or "on"
     if wanted not in ("on", "off"):
         raise PlanError(f"unknown {OVERRIDE} '{wanted}': on or off")
     return wanted == "on"

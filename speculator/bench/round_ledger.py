@@ -19,11 +19,13 @@ PRODUCTS, ATTENTION, ELEMENTWISE, SAMPLING, OTHER, GAPS = (
 # The first part whose word is in a name (lower case) has it. Kernels of CUDA, of ours, and the operators of a CPU.
 TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (SAMPLING, ("argmax", "argmin", "topk", "sort", "gumbel", "softmax", "multinomial", "logsumexp", "radix",
-                "cumsum", "scan", "accept", "verdict", "draw", "partials")),
+                "cumsum", "scan", "accept", "verdict", "draw", "partials", "merge_kernel", "note_kernel", "judge",
+                "begin_kernel", "begin_tree", "settle_kernel", "grow_kernel", "select_kernel", "hold_kernel",
+                "move_kernel")),
     (ATTENTION, ("attention", "attend", "flash", "fmha", "mha_", "split_kernel", "combine_kernel", "decode_kernel",
                  "plan_kernel", "store_kernel", "rule_kernel", "mla")),
     (PRODUCTS, ("gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "splitk", "product", "sum_kernel", "gated_kernel",
-                "matmul", "linear", "aten::mm", "addmm", "bmm", "mkldnn")),
+                "read_kernel", "matmul", "linear", "aten::mm", "addmm", "bmm", "mkldnn")),
     (ELEMENTWISE, ("elementwise", "norm", "silu", "rope", "reduce", "copy", "memcpy", "memset", "fill", "cat", "index",
                    "gather", "scatter", "arange", "where", "embedding", "mul", "add", "sub", "div", "pow", "rsqrt",
                    "mean", "sum", "cos", "sin", "exp", "log", "clamp", "eq", "ne", "lt", "le", "gt", "ge", "bitwise",

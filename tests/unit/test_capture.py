@@ -12,7 +12,9 @@ from graphs.memory import NO_GRAPHS
 from graphs.recorder import Recording, record_body
 from graphs.tape import TapeRecorder
 from speculator import capture
+from speculator.config import load
 from speculator.engine import Engine
+from speculator.load import graph_mode
 from speculator.recorded import RecordedPasses, Sizes
 from tests.unit.engines import tiny_engine
 from tests.unit.test_recorded import CHAIN, pair, run
@@ -60,3 +62,20 @@ def test_what_graphs_take_is_noted() -> None:
     passes = recorded(tiny_engine(*pair("eagle3")))
     assert passes.bytes_taken == passes.recorder.pool_bytes > 0 and passes.bytes_expected == 0
     assert all(manager.ready for manager in passes.managers if manager.wanted)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "mode"),
+    [
+        ([], "cuda", "round"),
+        ([], "cpu", "off"),
+        (["graphs.mode=split"], "cuda", "split"),
+        (["graphs.mode=round"], "cpu", "round"),
+        (["parallel.pipeline=2"], "cuda", "split"),
+        (["parallel.tensor=2"], "cuda", "round"),
+        (["parallel.tensor=2", "parallel.attention_data=true"], "cuda", "piecewise"),
+        (["parallel.pipeline=2"], "cpu", "off"),
+    ],
+)
+def test_a_gpu_records_the_most_that_its_ranks_can(asked: list[str], device: str, mode: str) -> None:
+    assert graph_mode(load(None, asked), torch.device(device)) == mode

@@ -33,8 +33,8 @@ OURS = Config(32, 256, stages=4, pdl=True, ahead=32)
 
 def test_the_switch_is_on_or_off_and_needs_a_device_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(pdl.OVERRIDE, raising=False)
-    assert not pdl.pdl_wanted()
-    for word, wanted in (("on", True), ("off", False), ("", False)):
+    assert pdl.pdl_wanted()
+    for word, wanted in (("on", True), ("off", False), ("", True)):
         monkeypatch.setenv(pdl.OVERRIDE, word)
         assert pdl.pdl_wanted() == wanted and not pdl.pdl_on(CPU)
     monkeypatch.setenv(pdl.OVERRIDE, "yes")

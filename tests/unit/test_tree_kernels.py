@@ -139,11 +139,12 @@ class Held(NamedTuple):
 def held(rows: int, nodes: int, depth: int, seed: int, device: torch.device = CPU) -> Held:
     base, pages = scene(rows, nodes, seed, device, 9), 9
     state, draw, dice = base.memory.state, torch.Generator().manual_seed(seed), random.Random(seed)
-    cache = PagedCache([[LayerShape(2, 12)] * 2, [LayerShape(1, 4)]], 200, 8, torch.float32, device)
+    room = (rows + 3) * pages
+    cache = PagedCache([[LayerShape(2, 12)] * 2, [LayerShape(1, 4)]], room + 1, 8, torch.float32, device)
     for group in cache.groups:
         group.copy_(torch.randn(group.shape, generator=draw))
     state.memory["parents"].copy_(torch.tensor([_parents(dice, nodes, depth) for _ in range(rows + 3)]))
-    tables = torch.randperm(199, generator=draw)[: (rows + 3) * pages].view(-1, pages) + 1
+    tables = torch.randperm(room, generator=draw).view(-1, pages) + 1
     state.memory["tables"].copy_(tables)
     state.memory["tables"][state.spare] = 0
     return Held(base.memory._replace(cache=cache), base.orders, base.logits)
