@@ -17,7 +17,6 @@ from torch import Tensor
 
 from graphs.recorder import CudaRecorder
 from target.attention.base import bind
-from target.attention.triton import TritonAttention
 from target.batch import Batch
 from target.cache import PagedCache
 from target.config import parse_config
@@ -249,6 +248,8 @@ class Pass:
             layer.copy_(noise(*layer.shape, seed=i))
 
     def take(self, product: Product, pdl: bool) -> None:
+        from target.attention.triton import TritonAttention
+
         fuse(self.model, pdl=pdl)
         choose_products(self.model, product)
         self.attention = TritonAttention(self.cache, pdl=pdl)
