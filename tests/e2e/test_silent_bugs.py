@@ -129,9 +129,8 @@ def reduced(pair: Pair) -> Subject:
 
 
 def fewer_ids(head: DraftHead, target: Decoder, ids: Tensor) -> DraftHead:
-    small = build_head(replace(head.record, d2t=True, draft_vocab_size=len(ids)), target, ids)
-    weights = head.state_dict()
-    small.load_state_dict({**weights, "lm_head.weight": weights["lm_head.weight"][ids]})
+    small = build_head(replace(head.record, d2t=True, draft_vocab_size=len(ids), own_lm_head=True), target, ids)
+    small.load_state_dict({**head.state_dict(), "lm_head.weight": head.lm_table[ids]})
     return small.requires_grad_(False).eval()
 
 
