@@ -5,6 +5,7 @@ Owns: the choice at start-up and its refusals. Must never be needed after it.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from speculator.heads.base import DraftHead
 from speculator.types import Rule
 from target.decoder import Decoder
 from target.errors import PlanError
-from target.products import Table, choose_products, fast_product, fixed_product
+from target.products import Table, choose_products, fast_product, fixed_product, library
+
+log = logging.getLogger(__name__)
 
 
 def choose_arithmetic(config: Config, target: Decoder, head: DraftHead | None, device: torch.device, mode: str) -> None:
@@ -26,16 +29,29 @@ def choose_arithmetic(config: Config, target: Decoder, head: DraftHead | None, d
     """
     try:
         table = Table.read(Path(config.engine.product_table) if config.engine.product_table else None)
-        if config.engine.products == "auto":
-            product = fast_product(device, table)
-            for model in (target, head):
-                if model is not None:
-                    choose_products(model, product)
+        _say_where_it_holds(config, table, device)
+        product = fast_product(device, table) if config.engine.products == "auto" else library
+        for model in (target, head):
+            if model is not None:
+                choose_products(model, product)
         if config.engine.invariant:
             _check_invariant(config, target, device, mode)
             choose_products(target, fixed_product(device, table))
     except PlanError as error:
         raise ConfigError(str(error)) from None
+
+
+def _say_where_it_holds(config: Config, table: Table, device: torch.device) -> None:
+    """Log which device the choices are for, where it is another one and they would have been asked."""
+    asked = config.engine.products == "auto" or config.engine.invariant
+    if not asked or device.type != "cuda" or table.holds_for(device):
+        return
+    name = torch.cuda.get_device_name(device)
+    where = config.engine.product_table or "the table that comes along"
+    (log.warning if config.engine.product_table else log.info)(
+        "products were measured on %s in %s and not on %s: `speculator bench skinny` measures them", table.device,
+        where, name,
+    )  # fmt: skip
 
 
 def _check_invariant(config: Config, target: Decoder, device: torch.device, mode: str) -> None:

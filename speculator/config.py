@@ -101,10 +101,10 @@ class ParallelConfig:
 class GraphsConfig:
     """Which passes are recorded at start-up and replayed. On a CPU the tape recorder stands in for CUDA graphs."""
 
-    mode: Literal["auto", "off", "split", "piecewise", "round"] = "auto"  # auto: round on a GPU, off on a CPU
+    mode: Literal["auto", "off", "split", "piecewise", "round"] = "auto"  # auto: all that can be on a GPU, off on a CPU
     rows: int = 0  # largest batch of rounds that is recorded; 0 is the engine's sessions, 32 at most
     prompt_tokens: int = 1024  # largest prompt chunk that is recorded, over all rows of a step (piecewise, round)
-    depths: str = "0"  # chains shorter than draft.depth that get rounds of their own, as depths between commas (round)
+    depths: str = "0"  # shorter chains with rounds of their own, depths between commas; beside trees 0 alone (round)
 
     def __post_init__(self) -> None:
         _within(self, "graphs", rows=(0, 4096), prompt_tokens=(1, 8192))
@@ -130,6 +130,9 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         _within(self, "draft", depth=(0, 16), nodes=(0, 63), branching=(0, 16))
+        fits = self.branching <= 1 or (self.depth - 2) * self.branching <= 64  # as `drafts.check_shape` has it
+        wide = f"draft.depth {self.depth} with draft.branching {self.branching}"
+        _require(fits, f"{wide} is too wide a tree: (depth - 2) * branching must be at most 64.")
 
     @property
     def shape(self) -> DraftShape:
@@ -249,6 +252,10 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        chains = self.sampling.rule is not Rule.BLOCK or self.draft.branching <= 1
+        _require(chains, 'sampling.rule "block" takes chains only: set draft.branching to 1.')
 
 
 SECTIONS: Mapping[str, type[Any]] = get_type_hints(Config)

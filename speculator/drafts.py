@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from speculator.errors import InvalidArgumentError, InvalidTreeError, PromptTooLongError
-from speculator.types import Distribution, Draft, DraftShape, EngineInfo, Rule, SamplingParams, StoppingParams
+from speculator.types import (
+    MOST_NODES,
+    Distribution,
+    Draft,
+    DraftShape,
+    EngineInfo,
+    Rule,
+    SamplingParams,
+    StoppingParams,
+)
 
 SESSION_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MASK_BITS = 64  # an ancestor mask holds the head's scratch nodes above the last level
@@ -73,9 +82,14 @@ def capped(shape: DraftShape, depth: int) -> DraftShape:
 
 def fitted(shape: DraftShape, info: EngineInfo) -> DraftShape:
     """`shape` with a dynamic tree's open number of nodes filled in: as many as its levels and the engine can hold."""
+    return filled(shape, info.max_nodes)
+
+
+def filled(shape: DraftShape, most: int = MOST_NODES) -> DraftShape:
+    """`fitted` for an engine that takes trees of `most` nodes."""
     if shape.parents or shape.is_chain:
         return shape
-    return _dynamic(shape.depth, shape.nodes or info.max_nodes, shape.branching)
+    return _dynamic(shape.depth, shape.nodes or most, shape.branching)
 
 
 def depths(parents: Sequence[int]) -> list[int]:
@@ -107,6 +121,16 @@ def check_shape(shape: DraftShape, rule: Rule, info: EngineInfo) -> None:
         )
     if rule is Rule.BLOCK and not (shape.is_chain or _is_chain(shape.parents)):
         raise InvalidArgumentError("block verification takes chains only, the draft's shape is a tree", field="draft")
+
+
+def check_rule(sampling: SamplingParams, info: EngineInfo) -> None:
+    """Raises InvalidArgumentError where a draft would choose among tokens of an engine that no draft may change."""
+    if info.invariant and sampling.rule is not Rule.COUPLED and sampling.temperature > 0:
+        rule = sampling.rule.value
+        raise InvalidArgumentError(
+            f'verification rule "{rule}" lets drafts choose among tokens, which engine.invariant excludes: use coupled',
+            field="sampling.verification_rule",
+        )
 
 
 def _is_chain(parents: Sequence[int]) -> bool:

@@ -20,6 +20,7 @@ import torch
 
 from speculator.bench.pairs import load_pair, read_prompts
 from speculator.bench.provenance import provenance
+from speculator.drafts import fitted
 from speculator.engine import Engine
 from speculator.errors import ConfigError
 from speculator.local import LocalSequence
@@ -165,7 +166,7 @@ def first_difference(expected: Texts, found: Texts) -> Difference | None:
 
 def settings(engine: Engine, rows: int, depths: Sequence[int], tree: DraftShape, chunk: int) -> list[Setting]:
     """Every way that this engine has; drafts of a head only where it has one."""
-    default = engine.info.default_shape
+    default = fitted(engine.info.default_shape, engine.info)
     known = [
         Setting("plain, all together", together=rows),
         Setting(f"plain, prompts in chunks of {chunk}", chunk=chunk),

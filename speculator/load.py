@@ -19,6 +19,7 @@ from speculator.capture import record_passes
 from speculator.chains import WHY as TREES_REFUSED
 from speculator.chains import is_tree
 from speculator.config import Config
+from speculator.drafts import filled
 from speculator.engine import Engine
 from speculator.errors import CheckpointError, ConfigError
 from speculator.heads.base import DraftHead
@@ -49,6 +50,7 @@ from target.load import load_target as read_target
 from target.model import Target
 from target.parallel import ALONE, Axis, ParallelDecoder
 from target.pipeline import WHOLE, Stage
+from target.products import kernels_need
 from target.readout import choose_readers
 from target.states import StateCache
 
@@ -140,6 +142,8 @@ def _fuse(device: torch.device, target: Decoder, head: DraftHead | None) -> None
         raise ConfigError(str(error)) from None
     if taken:
         log.info("%d modules of the layers run on fused kernels", taken)
+    if device.type == "cuda" and (need := kernels_need(device)):
+        log.warning("torch's own operations serve in place of kernels, slower: the kernels need %s", need)
 
 
 def _states(config: Config, target: Decoder) -> StateCache | None:
@@ -239,7 +243,7 @@ def head_record(config: Config) -> HeadRecord | None:
         facts = TargetFacts.of(load_config(Path(config.model.target)))
     except TargetCheckpointError as error:
         raise CheckpointError(str(error)) from None
-    return read_head(_head_folder(config), facts, config.model.head_overrides).record
+    return read_head(head_folder(config), facts, config.model.head_overrides).record
 
 
 def with_page_size(config: Config, device: torch.device) -> Config:
@@ -267,14 +271,14 @@ def graph_sizes(config: Config, target: Decoder) -> Sizes:
         rows=config.graphs.rows or min(config.engine.max_sessions, 32),
         pages=-(-(context + SCRATCH_TOKENS) // page),
         page_size=page,
-        shape=config.draft.shape,
+        shape=filled(config.draft.shape),  # as sessions ask for it
         prompt_tokens=config.graphs.prompt_tokens if config.graphs.mode != "split" else 0,
     )
 
 
 def _load(config: Config, target: Decoder, sizes: Sizes, mode: str) -> Load:
     engine = config.engine
-    rounds = mode == "round" and target.config.delta is None
+    rounds = config.graphs.round_depths if mode == "round" and target.config.delta is None else None
     return Load(sizes, engine.max_sessions, engine.prefill_chunk, mode != "off", rounds, engine.memory_share)
 
 
@@ -323,10 +327,10 @@ def _load_head(config: Config, target: Decoder, device: torch.device, progress: 
     dtype = next(target.parameters()).dtype
     tick = (lambda done, total: progress("head", done, total)) if progress else None
     shard = config.parallel.head == "shard"
-    return load_head(_head_folder(config), target, dtype, device, config.model.head_overrides, tick, shard=shard)
+    return load_head(head_folder(config), target, dtype, device, config.model.head_overrides, tick, shard=shard)
 
 
-def _head_folder(config: Config) -> Path:
+def head_folder(config: Config) -> Path:
     """`mtp` names the modules inside the target's own folder."""
     return Path(config.model.target if config.model.head == "mtp" else config.model.head)
 
@@ -340,7 +344,7 @@ def engine_info(config: Config, target: Decoder, head: HeadRecord | None, pages:
         log.warning("engine.kv_tokens asks for %d tokens, memory holds %d", config.engine.kv_tokens, pages * page)
     info = EngineInfo(
         target_model=config.model.served_name or Path(config.model.target).resolve().name,
-        draft_model=_head_folder(config).resolve().name if head else "",
+        draft_model=head_folder(config).resolve().name if head else "",
         draft_method=head.kind if head else "none",
         vocab_size=target.config.vocab_size,
         eos_token_ids=target.config.eos_token_ids,
@@ -353,6 +357,7 @@ def engine_info(config: Config, target: Decoder, head: HeadRecord | None, pages:
         default_shape=config.draft.shape,
         default_rule=config.sampling.rule,
         tensor_parallel=config.parallel.tensor,
+        invariant=config.engine.invariant,
     )
     return replace(info, max_branching=1) if target.state_layers else info
 
@@ -366,10 +371,14 @@ def _cpu_pages(config: Config, target: Decoder, head: DraftHead | None) -> int:
 
 
 def fingerprint(folder: Path) -> str:
-    """First 16 hex digits of a hash over the weight files' names, sizes and headers: the revision clients see."""
+    """First 16 hex digits of a hash over the weight files' names, sizes and beginnings: the revision clients see."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) + [folder / "config.json"]:
         digest.update(f"{path.name}:{path.stat().st_size}".encode())
         with path.open("rb") as file:
-            digest.update(file.read(1 << 16))
+            digest.update(start := file.read(1 << 16))
+            header = int.from_bytes(start[:8], "little") if path.suffix == ".safetensors" else 0
+            if header > 1 << 15:  # names of many tensors, which other revisions have too: what follows tells them apart
+                file.seek(8 + header)
+                digest.update(file.read(1 << 16))
     return digest.hexdigest()[:16]

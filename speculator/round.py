@@ -29,8 +29,7 @@ from speculator.rows import Rows
 from speculator.sampling import pinned
 from speculator.types import DraftShape, Rule, SamplingParams, Step
 from target.cache import PagedCache
-from target.fused import fused_wanted
-from target.products import kernels_need
+from target.fused import fused_on
 
 Progress = Callable[[str, int, int], None]  # which pass, shapes done, shapes in all
 PLAIN = ("plain",)  # the target alone, one token a round
@@ -42,8 +41,8 @@ class Rounds:
 
     Recorded are rounds that verify the draft which the engine itself holds (or none) under the coupled rule, and draft
     the shape of `sizes`; where that is a chain, chains of `depths` too, and any shorter chain is the beginning of a
-    recorded one. `rung` records one row count only, 0 the largest, to see what memory that takes. What lies between
-    passes runs on kernels where layers do.
+    recorded one. Beside trees, depth 0 alone: the head catches up and drafts nothing. `rung` records one row count,
+    0 the largest, to see what memory that takes. What lies between passes runs on kernels where layers do.
     """
 
     def __init__(
@@ -59,7 +58,8 @@ class Rounds:
     ) -> None:
         self.eager, self.sizes, self.cache, self.rows, self.lookback = eager, sizes, cache, rows, lookback
         self.device, self.shape = rows.device, sizes.shape if eager.head else NOTHING
-        self.fused = not kernels_need(rows.device) and fused_wanted()
+        self.fused = fused_on(rows.device)
+        self._rest = [depth for depth in depths if depth == 0]  # chains beside trees
         self.state = RoundState(rows.count, _nodes(self.shape), sizes.pages, rows.device)
         self.manager = RoundGraphManager(
             recorder,
@@ -76,8 +76,8 @@ class Rounds:
         kinds: set[tuple[int, Variant]] = {(1, PLAIN)}
         if self.eager.head is not None:
             kinds.add((1 + _nodes(self.shape), _kind(self.shape)))
-            if self.shape.is_chain:
-                kinds |= {(1 + depth, CHAIN) for depth in depths if depth < self.shape.depth}
+            shorter = depths if self.shape.is_chain else self._rest
+            kinds |= {(1 + depth, CHAIN) for depth in shorter if depth < self.shape.depth}
         shapes = []
         for queries, kind in kinds:
             rows = row_ladder(max(1, min(self.sizes.rows, MOST_TOKENS // queries)))
@@ -210,7 +210,8 @@ class Rounds:
         mode = MODES[self.state.mode(rows)]
         nodes = max(max(self._want(s), self._have(s)) for s in chosen)
         speculating = any(self.rows.speculate[row] for row in rows)
-        return len(rows), 1 + nodes, (*(_kind(self.shape) if speculating else PLAIN), mode)
+        kind = CHAIN if self._rest and not nodes else _kind(self.shape)
+        return len(rows), 1 + nodes, (*(kind if speculating else PLAIN), mode)
 
     def _unfit(self, step: Step) -> str | None:
         """Why a step cannot be a recorded round."""
@@ -286,7 +287,13 @@ class Rounds:
 
 
 def trial_rounds(
-    eager: EagerPasses, recorder: Recorder, sizes: Sizes, cache: PagedCache, sessions: int, rung: int
+    eager: EagerPasses,
+    recorder: Recorder,
+    sizes: Sizes,
+    cache: PagedCache,
+    sessions: int,
+    depths: Sequence[int],
+    rung: int,
 ) -> Rounds:
     """The rounds of one row count over rows of their own, to see what memory they take."""
     head = eager.head
@@ -295,7 +302,7 @@ def trial_rounds(
     rows = Rows(sessions + 1, width, vocab, dtype, device, 1 + back)
     feature = head.record.feature_size if head else 0
     lookback = Lookback(sessions + 1, back, feature, dtype, device) if back else None
-    return Rounds(eager, recorder, sizes, cache, rows, lookback, rung=rung)
+    return Rounds(eager, recorder, sizes, cache, rows, lookback, depths, rung)
 
 
 def _nodes(shape: DraftShape) -> int:

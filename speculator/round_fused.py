@@ -1,7 +1,7 @@
-"""A chain round between its passes as a few kernels: one before the target, one after, one a drafted token.
+"""A chain round between its passes as a few kernels: one before the target, two after, one a drafted token.
 
-Owns: the hand-over from passes to launches, and which kinds of round it takes. Must never know device code or
-recordings. `round_glue.TorchGlue` is the oracle.
+Owns: the hand-over from passes to launches, and which kinds of round, trees too, kernels take. Must never know device
+code or recordings. `round_glue.TorchGlue` is the oracle.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from speculator.answers import (
 )
 from speculator.chains import check_chain, check_chain_shape
 from speculator.costs import size
-from speculator.drafts import KEEP, ShapeRequest, capped, check_shape, draft_depth, fitted, validate
+from speculator.drafts import KEEP, ShapeRequest, capped, check_rule, check_shape, draft_depth, fitted, validate
 from speculator.errors import (
     DeadlineExceededError,
     EngineFailedError,
@@ -391,6 +391,7 @@ class Scheduler:
         shape = fitted(spec.shape.over(info.default_shape), info)
         check_chain_shape(shape, info)
         check_shape(shape, spec.sampling.rule, info)
+        check_rule(spec.sampling, info)
         new = spec.stopping.max_new_tokens
         limit = self.context if new is None else min(self.context, len(spec.tokens) + new)
         stops = spec.stopping.stop_token_ids

@@ -7,7 +7,7 @@ start-up.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -51,7 +51,7 @@ class Load(NamedTuple):
     sessions: int
     prefill_chunk: int
     graphs: bool
-    rounds: bool  # whole rounds are recorded too
+    rounds: Sequence[int] | None  # whole rounds are recorded too, with shorter chains of these depths
     utilisation: float  # share of the card that may be in use, other processes included
 
 
@@ -112,8 +112,8 @@ def _estimate(eager: EagerPasses, cache: PagedCache, load: Load, device: torch.d
     def capture(rung: int) -> None:
         made.append(recorded_passes(eager, recorder, load.sizes, device, rung))
         made[-1].capture()
-        if load.rounds:
-            rounds.append(trial_rounds(eager, recorder, load.sizes, cache, load.sessions, rung))
+        if load.rounds is not None:
+            rounds.append(trial_rounds(eager, recorder, load.sizes, cache, load.sessions, load.rounds, rung))
             rounds[-1].capture()
 
     def release() -> None:

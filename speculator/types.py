@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+MOST_NODES = 63  # drafted nodes of one tree: with its root they fill a mask of 64 bits
+
 
 class Rule(enum.Enum):
     """How drafted tokens are accepted; every rule keeps the target's distribution."""
@@ -177,11 +179,12 @@ class EngineInfo:
     total_pages: int
     scratch_tokens: int  # tokens beyond the committed ones that a step may write
     prefill_chunk: int
-    max_nodes: int = 63  # drafted nodes of one tree
+    max_nodes: int = MOST_NODES  # drafted nodes of one tree
     max_depth: int = 16
     max_branching: int = 16
     default_shape: DraftShape = field(default_factory=DraftShape)
     default_rule: Rule = Rule.COUPLED
     tensor_parallel: int = 1  # ranks that share the target
     rank_pages: tuple[int, ...] = ()  # of each rank that has sessions of its own, its null page included; else empty
+    invariant: bool = False  # no draft may choose among tokens
     pipeline_parallel: int = 1  # stages that share its layers; so many groups of sessions may be under way at once

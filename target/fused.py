@@ -22,7 +22,7 @@ from target.attention.base import Attend, Turn, fused_form
 from target.errors import PlanError
 from target.layers import GatedMLP, Pieces, RMSNorm, SelfAttention, ZeroCentredNorm
 from target.pdl import pdl_on
-from target.products import TUNED_TYPES, Config, FastProduct, FixedProduct, Linear, kernels_need, launched
+from target.products import TUNED_TYPES, Config, FastProduct, FixedProduct, Linear, kernels_need, launched, library
 from target.rope import Rope
 
 OVERRIDE = "SPECULATOR_FUSED"  # on or off; on where it is not set
@@ -83,12 +83,12 @@ def _norm(norm: RMSNorm, x: Tensor, more: Tensor | None, pdl: bool) -> tuple[Ten
 def gated_config(gate_up: Linear, rows: int) -> Config | None:
     """How the product that ends in SiLU is cut up; None where the product stays by itself.
 
-    A product of fixed order does: all numbers of rows must go through the same one.
+    One of fixed order does, since all numbers of rows must go through the same one, and one that was asked of torch.
     """
     weight, product = gate_up.weight, gate_up.product
     if rows > GATED_ROWS or weight.dtype not in TUNED_TYPES or not weight.is_contiguous():
         return None
-    if isinstance(product, FixedProduct):
+    if isinstance(product, FixedProduct) or product is library:
         return None
     found = product.table.fast(weight.shape[0], weight.shape[1], rows) if isinstance(product, FastProduct) else None
     return found if found is not None and found.split == 1 else GATED if rows <= 16 else GATED_MANY
@@ -122,7 +122,12 @@ def _tables(
 
 def fuse_where_possible(device: torch.device, *models: nn.Module | None) -> int:
     """`fuse` for serving, where it is wanted, on a GPU that the kernels run on; 0 elsewhere."""
-    return fuse(*models, pdl=pdl_on(device)) if fused_wanted() and not kernels_need(device) else 0
+    return fuse(*models, pdl=pdl_on(device)) if fused_on(device) else 0
+
+
+def fused_on(device: torch.device) -> bool:
+    """Whether kernels take the place of torch's pieces on a device: wanted, and able to run there."""
+    return fused_wanted() and not kernels_need(device)
 
 
 def fused_wanted() -> bool:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from target.fused import fused_wanted
+from target.fused import fused_on
 from target.pdl import pdl_on
-from target.products import TUNED_TYPES, Config, FixedProduct, Product, kernels_need
+from target.products import TUNED_TYPES, Config, FixedProduct, Product
 
 MOST = 16  # best tokens of a row that can be asked for
 ROWS = 64  # with more, one pass over the weights no longer pays for all of them
@@ -123,7 +123,7 @@ class Reads:
 
 def choose_readers(device: torch.device, *models: nn.Module | None) -> int:
     """Give models the kernel where a device can run it; how many modules took it."""
-    if not fused_wanted() or kernels_need(device):
+    if not fused_on(device):
         return 0
     found = [m for model in models if model is not None for m in model.modules() if isinstance(m, Reads)]
     for module in found:

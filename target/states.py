@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +17,7 @@ from target.attention.choose import OVERRIDE
 from target.batch import Batch
 from target.deltanet import DeltaInputs, DeltaRows, HybridAttend, delta_rows, delta_rule, replay, window_after
 from target.errors import PlanError
+from target.products import kernels_need
 
 
 class StateShape(NamedTuple):
@@ -60,8 +60,8 @@ class TorchRule:
 
 
 def rule_for(device: torch.device) -> Rule:
-    """The kernel where triton has one, unless the environment variable SPECULATOR_ATTENTION says torch."""
-    if device.type != "cuda" or find_spec("triton") is None or os.environ.get(OVERRIDE) == "torch":
+    """The kernel where it can run, unless the environment variable SPECULATOR_ATTENTION says torch."""
+    if kernels_need(device) or os.environ.get(OVERRIDE) == "torch":
         return TorchRule()
     from target.kernels.deltanet import TritonRule
 

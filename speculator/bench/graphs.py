@@ -21,6 +21,7 @@ from speculator.bench.pairs import load_pair
 from speculator.bench.provenance import provenance
 from speculator.bench.synthetic import SHAPES, synthetic_engine
 from speculator.drafting import Start
+from speculator.drafts import fitted
 from speculator.engine import Engine
 from speculator.recorded import RecordedPasses
 from speculator.types import Draft, DraftShape, Feed, SamplingParams, Step
@@ -213,7 +214,7 @@ def _timed_waves(engine: Engine, sessions: int, waves: int) -> tuple[Outcome, fl
 
 def _wave(engine: Engine, draw: random.Random, count: int, wave: int) -> Outcome:
     """Sessions that start together and end one after the other."""
-    shape, info = engine.info.default_shape, engine.info
+    shape, info = fitted(engine.info.default_shape, engine.info), engine.info
     each = (info.total_pages - 1) // count
     width = -(-(400 + info.scratch_tokens) // info.page_size)  # a prompt of 100, 120 rounds at most
     lines: list[dict[str, Any]] = []

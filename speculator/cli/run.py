@@ -44,6 +44,7 @@ ONE_SESSION = "engine.max_sessions=1"
 
 def run_server(flags: Flags) -> None:
     """Load, listen, and drain when told to go."""
+    from speculator.ranks.launch import Place
     from speculator.server import check_listening
     from speculator.watch import watch_of
 
@@ -52,10 +53,12 @@ def run_server(flags: Flags) -> None:
     watch = watch_of(limits.acceptance_baseline, limits.acceptance_alarm_rounds)
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING  # ranks do the same: one speaks
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    place = Place.of(os.environ, config.parallel.ranks)
+    if place is None or place.rank == 0:  # the one that will listen
+        check_listening(limits)
     if config.parallel.ranks > 1:
         _run_ranks(config, watch)
     else:
-        check_listening(limits)
         _serve(config, load_engine(config), watch)
 
 
@@ -101,7 +104,7 @@ def _serve(
 def _about(config: Config, engine: Engine, tokenizer: FolderTokenizer | None) -> About:
     import uuid
 
-    from speculator.load import fingerprint
+    from speculator.load import fingerprint, head_folder
     from speculator.translate import About
 
     return About(
@@ -109,7 +112,7 @@ def _about(config: Config, engine: Engine, tokenizer: FolderTokenizer | None) ->
         model=engine.info.target_model,
         instance_id=str(uuid.uuid4()),
         target_revision=fingerprint(Path(config.model.target)),
-        draft_revision=fingerprint(Path(config.model.head)) if config.model.head else "",
+        draft_revision=fingerprint(head_folder(config)) if config.model.head else "",
         tokenizer_sha256=tokenizer.sha256 if tokenizer else "",
     )
 

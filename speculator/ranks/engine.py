@@ -6,6 +6,7 @@ Must never know processes, sockets or the service.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,12 @@ from speculator.engine import Engine
 from speculator.errors import EngineFailedError, SpeculatorError
 from speculator.ranks.channel import Channel
 from speculator.ranks.codec import Change, Close, Kind, Landed, Open, Order
-from speculator.ranks.errors import RankLostError
+from speculator.ranks.errors import RankLostError, sentence
 from speculator.ranks.pulse import Pulse
 from speculator.types import SamplingParams, Step, StepResult
 from speculator.under_way import UnderWay
+
+log = logging.getLogger(__name__)
 
 Lost = Callable[[str], str]  # hears in one sentence why the gang cannot go on, and may know better
 
@@ -93,12 +96,17 @@ class LeadEngine(Engine):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """A failure of the device is this rank's own."""
+        """A failure of the device is this rank's own, and so is an error that no step should bring."""
         try:
             self._pulse.tick("a step")
             yield
         except (EngineFailedError, RuntimeError) as failure:
-            self._end(f"rank 0 failed in a step: {str(failure).splitlines()[0]}")
+            self._end(f"rank 0 failed in a step: {sentence(failure)}")
+        except SpeculatorError:
+            raise
+        except Exception as failure:  # noqa: BLE001 - nobody knows how far this rank came, and the others wait for it
+            log.exception("a step failed")
+            self._end(f"rank 0 failed in a step: {type(failure).__name__}: {sentence(failure)}")
 
     def _tell(self, order: Order) -> None:
         if self._ended:
@@ -106,7 +114,7 @@ class LeadEngine(Engine):
         try:
             self._channel.send(order)
         except RuntimeError as error:
-            self._end(f"rank 0 could not reach the other ranks: {str(error).splitlines()[0]}")
+            self._end(f"rank 0 could not reach the other ranks: {sentence(error)}")
         self._changes = []
 
     def _end(self, why: str) -> NoReturn:

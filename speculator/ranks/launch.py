@@ -28,12 +28,17 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, environ: Mapping[str, str], wanted: int) -> Place | None:
-        """None when nobody started ranks. ConfigError when other many were started than the configuration wants."""
+        """None when nobody started ranks. ConfigError when it is none of as many as the configuration wants."""
         if "RANK" not in environ or "WORLD_SIZE" not in environ:
             return None
-        place = cls(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", environ["RANK"])))
+        said = {name: environ.get(name, environ["RANK"]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        if wrong := [f"{name}={value}" for name, value in said.items() if not value.isdecimal()]:
+            raise ConfigError(f"ranks are counted by whole numbers, not by {wrong[0]}")
+        place = cls(*map(int, said.values()))
         if place.size != wanted:
             raise ConfigError(f"{place.size} ranks were started (WORLD_SIZE), but the configuration wants {wanted}")
+        if place.rank >= place.size:
+            raise ConfigError(f"RANK={place.rank} is none of {place.size} ranks (WORLD_SIZE), which are counted from 0")
         if place.size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(environ):
             raise ConfigError("ranks that were started by env:// need MASTER_ADDR and MASTER_PORT")
         return place

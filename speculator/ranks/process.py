@@ -25,10 +25,11 @@ from torch.distributed.rendezvous import rendezvous
 from speculator.config import Config
 from speculator.engine import Engine
 from speculator.errors import ConfigError, SpeculatorError
+from speculator.heads.shard import shard_record
 from speculator.load import check_graphs, fingerprint, head_record
 from speculator.ranks.data import check_data_parallel, follower
 from speculator.ranks.engine import LeadEngine
-from speculator.ranks.errors import RankLostError
+from speculator.ranks.errors import RankLostError, sentence
 from speculator.ranks.faults import fault_of
 from speculator.ranks.gang import Hub, Limits, Member, Watch
 from speculator.ranks.launch import ADDRESS, TOKEN, Children, Place, kill_leader, own_command, variables
@@ -212,12 +213,6 @@ def identity(config: Config) -> dict[str, str]:
     return found | {f"revision of the {what}": fingerprint(Path(path)) for what, path in folders.items() if path}
 
 
-def sentence(error: BaseException) -> str:
-    """An error in one line."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
-
-
 def on_gpu(config: Config) -> bool:
     return config.model.device == "cuda" or (config.model.device == "auto" and torch.cuda.is_available())
 
@@ -245,4 +240,6 @@ def check(config: Config) -> None:
         raise ConfigError(str(error)) from None
     if config.parallel.pipeline > 1:
         check_graphs(config)
-        head_record(config)
+    record = head_record(config)
+    if record is not None and config.parallel.head == "shard":
+        shard_record(record, config.parallel.tensor)

@@ -6,10 +6,8 @@ Owns: the choice. Must never know passes or batches.
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from target.attention.mla import MlaAttention
@@ -17,9 +15,9 @@ from target.attention.sdpa import SdpaAttention
 from target.cache import PagedCache
 from target.config import ModelConfig
 from target.errors import PlanError
+from target.products import kernels_need
 
 OVERRIDE = "SPECULATOR_ATTENTION"  # auto, torch or triton; torch is the oracle of the others
-OLDEST = (8, 0)  # compute capability that the kernels are made for
 
 
 def attention_for(config: ModelConfig, cache: PagedCache, backend: str | None = None) -> Any:
@@ -56,12 +54,8 @@ def _named(backend: str | None) -> str:
 
 def _missing(layers: list[Tensor]) -> str:
     """What the kernels would need, empty where they can run."""
-    if not layers[0].is_cuda:
-        return "a CUDA device"
-    if find_spec("triton") is None:
-        return "the package triton"
-    if torch.cuda.get_device_capability(layers[0].device) < OLDEST:
-        return "compute capability 8.0"
+    if need := kernels_need(layers[0].device):
+        return need
     from target.attention.triton import takes
 
     grouped = [layer for layer in layers if layer.shape[1] == 2]

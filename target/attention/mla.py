@@ -20,6 +20,7 @@ from target.attention.splits import BLOCK, Splits, empty_splits, fill_splits, le
 from target.batch import Batch
 from target.cache import PagedCache
 from target.errors import PlanError
+from target.products import kernels_need
 
 LONGEST_QUERY = 16  # tokens of a planned pass; longer ones are prompt chunks
 TILE = 64  # (query, head) pairs that one part handles at a time
@@ -147,7 +148,7 @@ def _contiguous(batch: Batch) -> Batch:
 
 def _backend(name: str, cache: PagedCache, rank: int, processors: int | None) -> MlaBackend:
     if name == "auto":
-        usable = cache.layers[0].is_cuda and find_spec("triton") is not None
+        usable = not kernels_need(cache.layers[0].device)
         name = "triton" if usable and _small_enough(cache, rank) else "torch"
     if name == "torch":
         return TorchSplits(cache, rank, processors)

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from target.kernels.dependent import ask_for, asking, dependent, release, settled, wait
+from target.kernels.skinny import _descriptor, _room, tile_of
 from target.products import Config
 
 WIDTH = 1024
@@ -124,7 +124,7 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config)
     inner, k = weight.shape[0] // 2, weight.shape[1]
     rows = x.flatten(0, -2)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    tile = min(max(16, int(triton.next_power_of_2(rows.shape[0]))), LARGEST_TILE)
+    tile = min(tile_of(rows.shape[0]), LARGEST_TILE)
     out = torch.empty(*x.shape[:-1], inner, dtype=x.dtype, device=x.device)
     blocks = _descriptor(weight, config)
     if rows.shape[0]:
@@ -137,17 +137,6 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config)
     return out
 
 
-def _descriptor(weight: Tensor, config: Config) -> TensorDescriptor | None:
-    """Blocks of the weights for the tensor memory accelerator, where the device has one and the sizes suit it."""
-    fits = config.tma and weight.shape[1] * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
-    if not fits or (weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] < 9):
-        return None
-    return TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
-
-
 def _stages(config: Config, tile: int, x: Tensor) -> int:
-    if not x.is_cuda:
-        return config.stages
-    properties = triton.runtime.driver.active.utils.get_device_properties(x.device.index or 0)
-    room = int(properties["max_shared_mem"]) - (4 << 10)
-    return max(1, min(config.stages, room // ((2 * config.block_n + tile) * config.block_k * x.element_size())))
+    block = (2 * config.block_n + tile) * config.block_k * x.element_size()
+    return max(1, min(config.stages, _room(x.device) // block)) if x.is_cuda else config.stages

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ from speculator.errors import ServerFullError
 from speculator.load import load_engine
 from speculator.local import generate
 from speculator.types import DraftShape, SamplingParams
-from tests.e2e.test_ranks import address_of, running
+from tests.e2e.test_ranks import address_of, running, sizes
 from tests.e2e.tiny_pair import make_mtp_pair
 
 PROMPTS = [tuple((7 * i + j * j) % 200 + 3 for j in range(5 + 6 * i)) for i in range(6)]
@@ -44,7 +45,7 @@ def alone(pair: Pair) -> list[list[int]]:
 
 
 def command(pair: Pair, ranks: int = 2) -> list[str]:
-    return [*serve_command(pair.target, pair.head, ranks), "--attention-data-parallel"]
+    return [*serve_command(pair.target, Path("mtp"), ranks), "--attention-data-parallel"]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,14 @@ def test_sessions_come_and_go(at_once: int, server: str, alone: list[list[int]])
     """One at a time leaves the other rank idle; four fill the rows of both."""
     with ThreadPoolExecutor(at_once) as callers:
         assert list(callers.map(lambda i: ask(server, i), range(len(PROMPTS)))) == alone
+
+
+def test_what_a_server_says_of_itself(server: str) -> None:
+    """The head lies in the target's folder, so that both have one revision."""
+    assert sizes(server) == (2, 1)
+    with Client(server) as client:
+        info = client.server_info()
+    assert info.draft_method == "mtp" and info.draft_revision == info.target_revision != ""
 
 
 def test_capacity_adds_up_and_ends(server: str) -> None:

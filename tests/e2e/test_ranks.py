@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import grpc
 import pytest
 
 from speculator.bench.ranks_trials import LIMIT, READY, Fault, random_faults, serve_command, trial
@@ -18,6 +19,7 @@ from speculator.config import load
 from speculator.load import load_engine
 from speculator.local import generate
 from speculator.types import DraftShape, SamplingParams
+from speculator.v1 import admin_pb2, admin_pb2_grpc
 from tests.e2e.tiny_pair import make_pair
 
 PROMPT, TOKENS = (5, 9, 2, 40, 3, 8, 52), 40
@@ -53,6 +55,13 @@ def address_of(process: subprocess.Popen[str]) -> str:
     return next(line.split(READY)[1].strip() for line in process.stdout if READY in line)
 
 
+def sizes(address: str) -> tuple[int, int]:
+    """Ranks that share a layer, and that share the layers, as the server says."""
+    with grpc.insecure_channel(address) as channel:
+        found = admin_pb2_grpc.AdminServiceStub(channel).GetServerInfo(admin_pb2.GetServerInfoRequest())
+    return found.tensor_parallel_size, found.pipeline_parallel_size
+
+
 @contextmanager
 def running(commands: Sequence[tuple[list[str], dict[str, str]]]) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes; at the end none of them is left."""
@@ -70,7 +79,8 @@ def running(commands: Sequence[tuple[list[str], dict[str, str]]]) -> Iterator[li
 
 def test_a_server_over_ranks_gives_the_text_of_one(pair: Pair, alone: list[list[int]]) -> None:
     with running([(serve_command(pair.target, pair.head, 2), {})]) as [server]:
-        assert texts(address_of(server)) == alone
+        address = address_of(server)
+        assert texts(address) == alone and sizes(address) == (2, 1)
         server.terminate()
         assert server.wait(LIMIT) == 0
         assert server.stderr is not None and "speculator: " not in server.stderr.read()
@@ -152,8 +162,18 @@ def test_wrong_input_is_a_sentence_before_any_rank_starts(flags: list[str], text
     assert text in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_other_many_ranks_than_configured_are_refused(pair: Pair) -> None:
-    command = serve_command(pair.target, pair.head, 2)
+def test_a_taken_port_is_known_before_any_rank_starts(pair: Pair) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [*serve_command(pair.target, pair.head, 2), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    text = f"speculator: cannot listen on 127.0.0.1:{port} (server.port): Address already in use\n"
+    assert (done.returncode, done.stderr) == (2, text)
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_other_many_ranks_than_configured_are_refused(wanted: int, pair: Pair) -> None:
+    command = serve_command(pair.target, pair.head, wanted)
     environ = {**os.environ, "RANK": "0", "WORLD_SIZE": "4"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "4 ranks were started" in done.stderr

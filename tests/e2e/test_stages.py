@@ -18,7 +18,7 @@ from speculator.heads.save import save_head
 from speculator.load import load_engine
 from speculator.local import generate
 from speculator.types import DraftShape, SamplingParams
-from tests.e2e.test_ranks import address_of, running
+from tests.e2e.test_ranks import address_of, running, sizes
 from tests.e2e.tiny_pair import make_pair
 from tests.unit.engines import tiny_head, tiny_target
 
@@ -52,6 +52,7 @@ def test_sessions_on_stages_get_the_text_of_one_process(pair: Pair, alone: list[
     command = [*serve_command(pair.target, pair.head, 1, stages=2), "--set", "engine.max_sessions=3"]
     with running([(command, {})]) as [server]:
         address = address_of(server)
+        assert sizes(address) == (1, 2)
         with ThreadPoolExecutor(3) as pool:
             assert list(pool.map(lambda prompt: text(address, prompt), PROMPTS)) == alone
         server.terminate()

@@ -100,6 +100,12 @@ async def test_server_info() -> None:
         assert (answer.default_draft.max_depth, answer.default_draft.max_nodes) == (4, 4)
 
 
+async def test_server_info_says_how_many_ranks_share_what() -> None:
+    async with serving(FakeEngine(info(tensor_parallel=2, pipeline_parallel=3))) as s:
+        answer = await s.admin.GetServerInfo(admin_pb2.GetServerInfoRequest())
+        assert (answer.tensor_parallel_size, answer.pipeline_parallel_size) == (2, 3)
+
+
 async def test_sessions_are_listed_in_pages() -> None:
     async with serving() as s:
         for name in "abcde":

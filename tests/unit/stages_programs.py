@@ -11,7 +11,8 @@ import torch
 
 from speculator.errors import SpeculatorError
 from speculator.load import load_engine
-from speculator.ranks.engine import Follower
+from speculator.ranks.data import follower
+from speculator.ranks.engine import Follower, LeadEngine
 from speculator.ranks.stages import LeadStage
 from speculator.ranks.team import Team
 from speculator.types import Draft, DraftShape, Rule, SamplingParams, Step
@@ -34,6 +35,27 @@ class Noting(Driver):
         results = super()._run(steps, sessions)
         self.logprobs += [r.logprobs for r in results]
         return results
+
+
+def logprobs_of(engine: Any) -> list[list[float]]:
+    """Of three sessions, step by step."""
+    driver = Noting(engine)
+    driver.rounds(driver.start(PROMPTS, PARAMS, CHAIN), COUNT, [CHAIN] * 3)
+    return [list(p) for p in driver.logprobs]
+
+
+def logprobs(rank: int, folder: str, axis: str, sets: dict[str, Any]) -> Any:
+    """Rank 0 serves sessions of two ranks that divide `axis`."""
+    torch.set_num_threads(1)
+    team = Team.build(2, torch.device("cpu"), 20.0, lambda why: why, axis=axis)
+    engine = load_engine(config_of(folder, **sets), None, team)
+    if rank:
+        follower(engine, team).run()
+        return "followed"
+    assert isinstance(engine, LeadEngine)
+    found = logprobs_of(engine)
+    engine.end()
+    return found
 
 
 def lucky(texts: list[list[int]]) -> Callable[[Sequence_], Draft]:

@@ -129,6 +129,14 @@ def test_wrong_overrides_get_one_clear_sentence(override: str, words: str) -> No
     assert "\n" not in message
 
 
+def test_a_tree_that_no_session_may_have_is_refused_before_it_is_recorded() -> None:
+    with pytest.raises(ConfigError, match=r"draft.depth 8 with draft.branching 11 is too wide a tree: .* at most 64"):
+        load(None, ["draft.depth=8", "draft.branching=11"])
+    assert load(None, ["draft.depth=8", "draft.branching=10"]).draft.shape == DraftShape(8, 0, 10)
+    with pytest.raises(ConfigError, match='sampling.rule "block" takes chains only: set draft.branching to 1'):
+        load(None, ["draft.branching=2", "sampling.rule=block"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

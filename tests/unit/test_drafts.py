@@ -10,6 +10,7 @@ from speculator.drafts import (
     ShapeRequest,
     capped,
     check_prompt,
+    check_rule,
     check_sampling,
     check_session_id,
     check_shape,
@@ -77,6 +78,17 @@ def test_block_verification_takes_chains_only() -> None:
     with pytest.raises(InvalidArgumentError, match="chains only"):
         check_shape(DraftShape(2, 6, 2), Rule.BLOCK, INFO)
     check_shape(ShapeRequest(parents=(-1, 0, 1)).over(DraftShape()), Rule.BLOCK, INFO)
+
+
+def test_where_no_draft_may_choose_only_the_coupled_rule_samples() -> None:
+    fixed = info(invariant=True)
+    for rule in Rule:
+        check_rule(SamplingParams(rule=rule), fixed)  # greedy: all rules are one
+        check_rule(SamplingParams(temperature=1.0, rule=rule), INFO)
+    check_rule(SamplingParams(temperature=1.0), fixed)
+    for rule in (Rule.REJECTION, Rule.BLOCK):
+        with pytest.raises(InvalidArgumentError, match=f'"{rule.value}" lets drafts choose .* engine.invariant'):
+            check_rule(SamplingParams(temperature=0.5, rule=rule), fixed)
 
 
 parents = st.lists(st.integers(0, 10**6), max_size=63).map(

@@ -24,7 +24,7 @@ from target.config import RopeConfig
 from target.errors import PlanError
 from target.fused import FUSED, GATED, GATED_MANY, fuse, fuse_where_possible, gated_config
 from target.layers import TORCH, GatedMLP, RMSNorm, SelfAttention, ZeroCentredNorm
-from target.products import Config, Entry, FastProduct, FixedProduct, Linear, Table
+from target.products import Config, Entry, FastProduct, FixedProduct, Linear, Table, library
 from target.rope import Rope, rotate, rotate_pairs
 
 CPU = torch.device("cpu")
@@ -209,8 +209,9 @@ def test_when_a_product_ends_in_silu() -> None:
     for tuned, taken in ((fast, fast), (split, GATED), (None, GATED)):
         linear.product = FastProduct(Table("a", {(256, 64): Entry(fast, {16: tuned})}))
         assert gated_config(linear, 3) == taken
-    linear.product = FixedProduct(Table.none())
-    assert gated_config(linear, 3) is None
+    for product in (FixedProduct(Table.none()), library):
+        linear.product = product
+        assert gated_config(linear, 3) is None
     assert gated_config(Linear(64, 256), 3) is None
 
 

@@ -9,11 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
 
 from speculator.engine import Engine
-from speculator.errors import NumericalError, SpeculatorError
+from speculator.errors import DeadlineExceededError, NumericalError, SpeculatorError
 from speculator.types import DraftShape, Step, StepResult
+from tests.fakes import info
 from tests.unit.test_run_ahead import Hand, Story, plain
+from tests.unit.test_scheduler import NAMES, AnyOrder, Bench
 
 CHAIN, TREE = DraftShape(3), DraftShape(3, 6, 2)
 
@@ -129,3 +134,93 @@ def test_the_end_of_the_worker_leaves_no_step_behind() -> None:
     hand.worker._end()
     hand.worker._main()
     assert not hand.worker._flights and hand.engine.flying == 0
+
+
+def test_a_deadline_ends_a_session_and_leaves_the_other_group_alone() -> None:
+    expected = Hand(plain("eagle3", CHAIN))
+    hand, _ = staged(CHAIN, 2)
+    for one in (expected, hand):
+        one.generate("a", [1, 2], 40, ignore_eos=True).deadline = 5.0 if one is hand else 1e9
+        one.generate("b", [3, 4], 40, ignore_eos=True)
+    expected.finish()
+    while len(hand.heard["a"]) < 3:
+        hand.turn()
+    hand.now = 6.0
+    hand.finish()
+    assert isinstance(hand.errors.pop("a"), DeadlineExceededError) and not hand.errors
+    assert hand.heard["a"] == expected.heard["a"][: len(hand.heard["a"])]
+    assert hand.heard["b"] == expected.heard["b"] and hand.at_rest()
+
+
+class StageBench(Bench):
+    """A scheduler over two stages: each step completes while another one is under way."""
+
+    def __init__(self) -> None:
+        super().__init__(info(max_rows=4, total_pages=160, prefill_chunk=8, pipeline_parallel=2))
+        self.flights: deque[Any] = deque()
+
+    def step(self) -> int:
+        steps = self.scheduler.next_steps()
+        if steps:
+            self.flights.append(self._launched(steps))
+        if len(self.flights) == 2 or not steps:
+            self.land()
+        self._collect()
+        self.scheduler.check()
+        return len(steps)
+
+    def _launched(self, steps: Sequence[Step]) -> Any:
+        try:
+            return self.engine.step(steps)
+        except SpeculatorError as error:
+            return error
+
+    def land(self) -> None:
+        if not self.flights:
+            return
+        found = self.flights.popleft()
+        if isinstance(found, SpeculatorError):
+            found = [StepResult() if step is None else self._run([step])[0] for step in self.scheduler.under_way]
+        self.scheduler.complete(found, self.engine.times)
+        self.scheduler.settle()
+        self._collect()
+
+
+class AnyOrderOverStages(AnyOrder):
+    """The same with two steps under way, and deadlines that pass at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bench = StageBench()
+
+    def _land_all(self) -> None:
+        """What ends sessions waits for the steps under way, as the worker has it."""
+        while self.bench.flights:
+            self.bench.land()
+        for name in list(self.waiting):
+            self._hear(name)
+
+    @rule(name=NAMES)
+    def cancel(self, name: str) -> None:
+        self._land_all()
+        super().cancel(name)
+
+    @rule(name=NAMES)
+    def delete(self, name: str) -> None:
+        self._land_all()
+        super().delete(name)
+
+    @rule(name=NAMES, swept=st.booleans())
+    def too_late(self, name: str, swept: bool) -> None:
+        if name in self.waiting:
+            self.waiting[name].deadline = self.bench.now - 1
+            if swept:
+                self.bench.scheduler.sweep()
+                self.bench._collect()
+                self._hear(name)
+
+
+AnyOrderOverStages.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestAnyOrderOverStages = AnyOrderOverStages.TestCase

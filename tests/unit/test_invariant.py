@@ -21,7 +21,7 @@ from speculator.invariant import SEEDED, Setting, certify, first_difference, pla
 from speculator.types import DraftShape
 from target.batch import Batch, causal_positions
 from target.decoder import Decoder
-from target.products import choose_products, in_fixed_order, row_by_row
+from target.products import choose_products, in_fixed_order, library, row_by_row
 from tests.unit.engines import tiny_engine, tiny_head, tiny_target
 
 CPU = torch.device("cpu")
@@ -225,6 +225,12 @@ def test_targets_without_a_fixed_order_are_refused(field: str, words: str) -> No
     target.config = replace(target.config, **{field: object()})
     with pytest.raises(ConfigError, match=f"dense targets with grouped-query attention, not {words}"):
         choose_arithmetic(config(), target, None, CPU, "off")
+
+
+def test_torch_multiplies_everything_where_that_is_asked() -> None:
+    target = tiny_target()
+    choose_arithmetic(load(None, ["engine.products=torch"]), target, None, CPU, "off")
+    assert target.product is library and target.layers[0].mlp.gate_up.product is library
 
 
 def test_without_the_mode_nothing_is_refused_and_torch_multiplies() -> None:

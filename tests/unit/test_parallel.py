@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hybrid_models import hybrid_target
 
 from speculator.sampling import gumbel_of
 from target.config import load_config
@@ -88,6 +89,13 @@ def test_what_does_not_divide_is_named(changes: dict[str, Any], size: int, text:
     kind(**{**sizes, **given, **changes}).save_pretrained(tmp_path)
     with pytest.raises(PlanError, match=text):
         check_divides(load_config(tmp_path), size)
+
+
+def test_hybrids_are_not_divided() -> None:
+    hybrid = hybrid_target().config
+    with pytest.raises(PlanError, match="has recurrent layers, which tensor parallelism does not divide"):
+        check_divides(hybrid, 2)
+    check_divides(hybrid, 1)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "best", "drawn", "ranked"])

@@ -208,7 +208,7 @@ def test_a_stage_by_itself_runs_the_passes_that_are_measured(index: int, tmp_pat
     passes = staged_passes(link, TAPS, model, None, cache)
     sizes = Sizes(2, 16, 4, DraftShape(3), prompt_tokens=8)
     with torch.inference_mode():
-        _largest_passes(passes, Load(sizes, 2, 8, True, False, 0.9), torch.device("cpu"))
+        _largest_passes(passes, Load(sizes, 2, 8, True, None, 0.9), torch.device("cpu"))
     recorded = recorded_passes(passes, TapeRecorder(), sizes, torch.device("cpu"), 0)
     recorded.capture()
     assert isinstance(recorded, StagedRecorded) and recorded.verifying.ready and not recorded.feeding.wanted

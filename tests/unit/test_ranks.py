@@ -6,18 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speculator.errors import ConfigError
+from speculator.engine import Engine
+from speculator.errors import ConfigError, SpeculatorError
+from speculator.heads.save import save_head
 from speculator.heads.shard import shard_record
-from speculator.load import load_engine
+from speculator.load import fingerprint, load_engine
 from speculator.ranks.codec import Close, Codec, Kind, Landed, Open, Order
+from speculator.ranks.engine import LeadEngine
+from speculator.ranks.errors import RankLostError
+from speculator.ranks.launch import Place
+from speculator.ranks.process import check
+from speculator.ranks.pulse import Pulse
 from speculator.types import Bounds, Distribution, Draft, DraftShape, Feed, Rule, SamplingParams, Step
+from target.experts import EXPERTS
+from target.load import load_target
+from target.parallel import TENSOR
 from tests.e2e.tiny_pair import make_mtp_pair, make_pair
-from tests.unit.engines import tiny_record
+from tests.unit.engines import tiny_engine, tiny_head, tiny_record, tiny_target
 from tests.unit.ranks import run_ranks
 from tests.unit.ranks_programs import CHAIN, TREE, config_of, gang, rejected, rounds, votes, wrong_way
+from tests.unit.stages_programs import logprobs, logprobs_of
 
 tokens = st.integers(0, 2**31)
 reals = st.floats(0.0, 100.0)
@@ -111,6 +123,20 @@ def test_latent_targets_with_experts_and_an_mtp_head(tmp_path: Path) -> None:
         assert found == alone
 
 
+@pytest.mark.parametrize("axis", [TENSOR, EXPERTS])
+def test_log_probabilities_are_those_of_one_rank(axis: str, tmp_path: Path) -> None:
+    """Up to the order of sums; of ranks with sessions of their own the third session lies on the second."""
+    pair = make_mtp_pair(tmp_path / "pair")
+    sets = {"target": str(pair.target), "head": "mtp", "engine.kv_tokens": 2000}
+    alone = logprobs_of(load_engine(config_of("", **sets)))
+    apart = {"parallel.tensor": 2, "parallel.attention_data": str(axis == EXPERTS).lower(), "engine.max_sessions": 2}
+    given = sets | (apart if axis == EXPERTS else {})
+    found = outcome(run_ranks(logprobs, 2, tmp_path, "", axis, given, limit=60))
+    assert list(map(len, found)) == list(map(len, alone)) and min(map(sum, alone)) < -0.1
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
 def test_a_head_that_is_divided_drafts_what_a_whole_one_does(pair: Path, tmp_path: Path) -> None:
     alone = rounds(load_engine(config_of(str(pair))), [CHAIN, DraftShape(2), CHAIN])
     sets = {"parallel.head": "shard"}
@@ -147,6 +173,84 @@ def test_a_rank_that_goes_another_way_is_found_out(pair: Path, tmp_path: Path) -
     lead, other = run_ranks(wrong_way, 2, tmp_path, str(pair), limit=60)
     assert other.error == "RankLostError" and "rank 1 went another way than rank 0" in other.text
     assert lead.value[0] == "RANK_LOST"
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "wanted", "text"),
+    [
+        ("5", "2", 2, "RANK=5 is none of 2 ranks"),
+        ("one", "2", 2, "whole numbers, not by RANK=one"),
+        ("-1", "2", 2, "whole numbers, not by RANK=-1"),
+        ("0", "2", 1, "2 ranks were started .WORLD_SIZE., but the configuration wants 1"),
+        ("0", "2", 2, "need MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(rank: str, size: str, wanted: int, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Place.of({"RANK": rank, "WORLD_SIZE": size}, wanted)
+
+
+def test_a_place_is_read_from_the_environment() -> None:
+    there = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    assert Place.of({}, 4) is None
+    assert Place.of(there, 4) == (3, 4, 3) and Place.of({**there, "LOCAL_RANK": "1"}, 4) == (3, 4, 1)
+
+
+class Unheard:
+    """A channel without other ranks."""
+
+    def send(self, order: Order) -> None:
+        return None
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_an_error_that_no_step_should_bring_ends_the_gang(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 cannot run the step again: the others may wait inside a collective of it."""
+
+    def broken(*arguments: object) -> None:
+        raise KeyError("row")
+
+    target = tiny_target()
+    whole, said = tiny_engine(target, None), list[str]()
+    parts: Any = (whole.info, target, None, whole.cache)
+    engine = LeadEngine(Unheard(), lambda why: said.append(why) or why, Pulse(), *parts)  # type: ignore[arg-type, func-returns-value]
+    monkeypatch.setattr(Engine, "launch" if launched else "step", broken)
+    monkeypatch.setattr(LeadEngine, "launches", True)
+    for _ in range(2):
+        with pytest.raises(RankLostError, match="rank 0 failed in a step: KeyError: 'row'"):
+            (engine.launch if launched else engine.step)([Step(0, 0, (1,), Feed((1, 2), None))])
+    assert len(said) == 1, "told once"
+
+
+def headed(folder: Path, name: str, data: bytes, header: int) -> Path:
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text("{}")
+    (folder / name / "model.safetensors").write_bytes(header.to_bytes(8, "little") + b" " * header + data)
+    return folder / name
+
+
+@pytest.mark.parametrize("header", [100, 1 << 16, 1 << 20])
+def test_revisions_differ_where_only_numbers_do(header: int, tmp_path: Path) -> None:
+    """Files of two revisions have the same names and sizes; names of many experts fill more than is read at once."""
+    one, same, other = (headed(tmp_path, str(i), data, header) for i, data in enumerate((b"1", b"1", b"2")))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    ("sets", "text"),
+    [
+        ({"head": "nowhere"}, "nowhere"),
+        ({"parallel.head": "shard", "parallel.tensor": 4}, "4 ranks do not divide 42 inner columns of the draft head"),
+    ],
+    ids=str,
+)
+def test_a_head_is_refused_before_any_rank_starts(sets: dict[str, Any], text: str, pair: Path, tmp_path: Path) -> None:
+    target = load_target(pair / "target", torch.float32)
+    sizes = {"vocab_size": target.config.vocab_size, "draft_vocab_size": target.config.vocab_size}
+    save_head(tiny_head(target, "eagle3", intermediate_size=42, **sizes), tmp_path)
+    given = {"head": str(tmp_path), "parallel.tensor": 2, "model.device": "cpu", **sets}
+    with pytest.raises(SpeculatorError, match=text):
+        check(config_of(str(pair), **given))
 
 
 def test_a_step_that_all_ranks_refuse_leaves_them_in_step(pair: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from speculator.errors import EngineFailedError, NumericalError
 from speculator.heads.base import DraftHead
 from speculator.passes import EagerPasses
 from speculator.recorded import Sizes
-from speculator.round import Rounds
+from speculator.round import NOTHING, Rounds
 from speculator.round_result import Layout
 from speculator.tree import below, pack
 from speculator.types import Draft, DraftShape, Rule, SamplingParams, Step, StepResult
@@ -196,12 +196,9 @@ def scramble(rounds: Rounds, graph: Any, draw: torch.Generator) -> None:
     graph.state.refresh({"orders": torch.tensor(orders, device=draw.device)})
 
 
-def test_the_smallest_graph_that_holds_the_round_is_replayed(device: str = "cpu") -> None:
-    target, head = pair("eagle3", device)
-    engine = tiny_engine(target, head)
-    rounds = record(engine, CHAIN, rows=3, rung=None)
-    picked: list[str] = []
-    pick = rounds.manager.pick
+def picks(rounds: Rounds) -> list[str]:
+    """The shapes of the graphs that rounds replay from now on."""
+    picked, pick = list[str](), rounds.manager.pick
 
     def noted(*asked: Any) -> Any:
         graph = pick(*asked)
@@ -209,6 +206,14 @@ def test_the_smallest_graph_that_holds_the_round_is_replayed(device: str = "cpu"
         return graph
 
     rounds.manager.pick = noted  # type: ignore[method-assign]
+    return picked
+
+
+def test_the_smallest_graph_that_holds_the_round_is_replayed(device: str = "cpu") -> None:
+    target, head = pair("eagle3", device)
+    engine = tiny_engine(target, head)
+    rounds = record(engine, CHAIN, rows=3, rung=None)
+    picked = picks(rounds)
     assert same(play(engine, PARAMS, CHAIN), play(tiny_engine(target, head), PARAMS, CHAIN))
     assert {"3x5/chain/filtered coupled", "1x5/chain/greedy"} <= set(picked)
     assert not {name for name in picked if name[0] == "4" or "x1/" in name}
@@ -231,6 +236,23 @@ def test_depths_change_from_round_to_round(device: str = "cpu") -> None:
         if rounds:
             assert rounds.counts.share == 1.0, rounds.counts.eager
     assert same(heard[1], heard[0])
+
+
+def test_a_round_without_drafts_costs_a_tree_nothing(device: str = "cpu") -> None:
+    """Where a policy rests, the target runs one token a row and the head catches up; then trees grow as before."""
+    target, head = pair("eagle3", device)
+    heard, picked = [], list[str]()
+    for recorded in (False, True):
+        engine = tiny_engine(target, head)
+        if recorded:
+            picked = picks(record(engine, TREE))
+        driver = Listening(engine)
+        sessions = driver.start(PROMPTS, PARAMS, TREE)
+        for goal in range(3, 50, 3):
+            driver.rounds(sessions, goal, [TREE if goal % 2 else NOTHING] * len(sessions))
+        heard.append(driver.heard)
+    assert same(heard[1], heard[0])
+    assert {name.split("/")[0] + name.split("/")[1] for name in picked} == {"4x10tree", "4x1chain"}
 
 
 @pytest.mark.parametrize("alone", [True, False])

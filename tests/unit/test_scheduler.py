@@ -700,6 +700,13 @@ def test_the_rule_is_echoed(bench: Bench) -> None:
     assert bench.verify("a", 6, Draft()).rule is Rule.REJECTION
 
 
+def test_a_rule_that_lets_drafts_choose_is_refused_where_they_may_not() -> None:
+    bench = Bench(info(invariant=True))
+    with pytest.raises(InvalidArgumentError, match='"rejection" lets drafts choose among tokens'):
+        bench.create("a", sampling=SamplingParams(temperature=1.0, rule=Rule.REJECTION))
+    bench.create("a", sampling=SAMPLED)
+
+
 # ---- anything, in any order ----
 
 

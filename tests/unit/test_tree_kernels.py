@@ -25,7 +25,7 @@ from speculator.readout import Ranking, Reading
 from speculator.recorded import TREE, Sizes
 from speculator.round import Rounds
 from speculator.round_glue import Kind, Memory, TorchGlue
-from speculator.round_state import FILTERED, GREEDY, NOISE
+from speculator.round_state import FILTERED, GREEDY, NEVER, NO_TOKEN, NOISE
 from speculator.sampling import gumbel_of
 from speculator.tree import TreeGrowth
 from speculator.types import DraftShape
@@ -239,6 +239,31 @@ def test_many_rows_at_once(nodes: int, depth: int, mode: str) -> None:
     assert 0 < int(said["ended"].sum()) < 16 and 0 < int((said["finite"] == 0).sum()) < 16
     assert (said["counts"] == 0).any() and (said["room"] == 0).any()
     assert depth < 6 or (said["path"][:, 1:] > said["path"][:, :-1] + 1).any()  # something had to move
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_a_tree_ends_its_sequence_exactly_at_the_limit(beyond: int) -> None:
+    from speculator.round_tree import TreeGlue
+
+    kind, ended = Kind(10, GREEDY, DraftShape(3, 9, 4), False), []
+    it = endless()
+    live, length = it.orders[:, 1] >= 0, judged(TorchGlue(it.memory, kind), it, 3)["next context"] + 1
+    rows = it.orders[live, 0]
+    for glue in (TorchGlue, TreeGlue):
+        it = endless()
+        it.memory.state.memory["limit"][rows] = length[live] + beyond
+        ended.append(judged(glue(it.memory, kind), it, 3)["ended"][rows])
+    assert len(rows) > 3 and bool((ended[0] == (beyond <= 0)).all()) and torch.equal(*ended)
+
+
+def endless() -> Held:
+    """Sessions that neither a token nor a limit ends."""
+    it = held(16, 9, 3, 3)
+    state = it.memory.state.memory
+    for name, value in (("ended", False), ("stops", NO_TOKEN), ("limit", NEVER)):
+        state[name].fill_(value)
+    return it
 
 
 @on_the_interpreter
