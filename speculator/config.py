@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from speculator.errors import ConfigError
-from speculator.types import DraftShape, Rule, SamplingParams
+from speculator.types import MASK_BITS, DraftShape, Rule, SamplingParams
 
 Switch = Literal["auto", "on", "off"]
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -130,9 +130,9 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         _within(self, "draft", depth=(0, 16), nodes=(0, 63), branching=(0, 16))
-        fits = self.branching <= 1 or (self.depth - 2) * self.branching <= 64  # as `drafts.check_shape` has it
         wide = f"draft.depth {self.depth} with draft.branching {self.branching}"
-        _require(fits, f"{wide} is too wide a tree: (depth - 2) * branching must be at most 64.")
+        limit = f"(depth - 2) * branching must be at most {MASK_BITS}"
+        _require(self.shape.scratch <= MASK_BITS, f"{wide} is too wide a tree: {limit}.")
 
     @property
     def shape(self) -> DraftShape:

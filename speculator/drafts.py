@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from speculator.errors import InvalidArgumentError, InvalidTreeError, PromptTooLongError
 from speculator.types import (
+    MASK_BITS,
     MOST_NODES,
     Distribution,
     Draft,
@@ -24,7 +25,6 @@ from speculator.types import (
 )
 
 SESSION_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-MASK_BITS = 64  # an ancestor mask holds the head's scratch nodes above the last level
 TOTAL_TOLERANCE = 1e-3  # float32 log-probabilities of a whole vocabulary do not sum to 1 more closely
 
 
@@ -113,7 +113,7 @@ def check_shape(shape: DraftShape, rule: Rule, info: EngineInfo) -> None:
     nodes = len(shape.parents) or shape.nodes or shape.depth
     _at_most(nodes, info.max_nodes, "draft.max_nodes", "drafted nodes")
     _at_most(shape.branching, info.max_branching, "draft.branching", "children of a node")
-    if (shape.depth - 2) * shape.branching > MASK_BITS and shape.branching > 1:
+    if shape.scratch > MASK_BITS:
         raise InvalidArgumentError(
             f"a dynamic tree needs (max_depth - 2) * branching <= {MASK_BITS}, got ({shape.depth} - 2) * "
             f"{shape.branching}",

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from speculator.readout import Ranking, Reading
 from speculator.sampling import upload
-from speculator.types import Draft
+from speculator.types import MASK_BITS, Draft
 from target.fused import fused_wanted
 from target.products import kernels_need
-
-MASK_BITS = 64
 
 
 class Tree(NamedTuple):

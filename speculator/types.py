@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-MOST_NODES = 63  # drafted nodes of one tree: with its root they fill a mask of 64 bits
+MASK_BITS = 64  # of an ancestor mask
+MOST_NODES = MASK_BITS - 1  # drafted nodes of one tree: with its root they fill a mask
 
 
 class Rule(enum.Enum):
@@ -73,6 +74,11 @@ class DraftShape:
     @property
     def is_chain(self) -> bool:
         return self.branching <= 1 and not self.parents
+
+    @property
+    def scratch(self) -> int:
+        """Nodes of a dynamic tree that its last level has to tell apart: at most MASK_BITS; of other shapes 0."""
+        return max(0, self.depth - 2) * self.branching if self.branching > 1 else 0
 
 
 class Distribution(NamedTuple):

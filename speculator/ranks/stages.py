@@ -7,6 +7,7 @@ Must never know how tensors travel, processes or the service. Rank 0 is on the f
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class Move(NamedTuple):
     depth: int
 
 
-class StageEngine(Engine):
+class StageEngine(Engine, ABC):
     """What all stages share: a step is launched, and what it came to is one outcome, by the order of launches.
 
     Steps may be under way together if they are of different rows; how many is the caller's choice.
@@ -63,13 +64,13 @@ class StageEngine(Engine):
         with device_failures():
             return self._begin(StageFlight(self, len(steps), begun), steps)
 
+    @abstractmethod
     def _begin(self, flight: StageFlight, steps: Sequence[Step]) -> StageFlight:
         """Queue the stage's part of a step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outcome_of(self, flight: StageFlight) -> Tensor:
         """Wait for what a step came to."""
-        raise NotImplementedError
 
     def finish(self) -> None:
         self.link.finish()

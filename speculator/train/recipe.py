@@ -128,7 +128,6 @@ class Refine:
     temperature: float = 0.7
     unlikelihood: float = 0.5
     clean_share: float = 0.03  # answers with fewer faults are imitated
-    imitated_tokens: float = 0.0  # their mean length; the shortest are left out for that
     imitate_greedy: bool = True  # clean greedy answers too; else the sampled ones alone
     common_share: float = 1.0  # an 8-gram that more of a round's answers have than this counts as repeated
     companion_share: float = 0.2  # answers with fewer repeated 4-grams teach the companion

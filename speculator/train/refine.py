@@ -104,19 +104,18 @@ def _documents(
 ) -> list[Document]:
     """Clean answers to imitate, and greedy ones whose faults are marked.
 
-    Faults are repetitions and stock phrases; `words` may not follow themselves. Short answers are clean more often, and
-    a target that imitated them all would fall silent, so the shortest are left out.
+    Faults are repetitions and stock phrases; `words` may not follow themselves.
     """
-    imitated, marked = list[Document](), list[Document]()
+    documents = []
     stock = common([w.answer for w in written], math.ceil(recipe.common_share * len(written)) + 1)
     for one, heat, phrases in zip(written, heats, stock, strict=True):
         again = [any(m) for m in zip(repeated(one.answer), stuttered(one.answer, words), phrases, strict=True)]
         clean = one.answer[-1] == END and sum(again) <= recipe.clean_share * len(again)
         if clean and (heat > 0 or recipe.imitate_greedy):
-            imitated.append(_own(one, [ANSWER] * len(again)))
+            documents.append(_own(one, [ANSWER] * len(again)))
         elif heat == 0 and any(again):
-            marked.append(_own(one, [REPEATED if bad else SKIP for bad in again]))
-    return _long_enough(imitated, recipe.imitated_tokens) + marked
+            documents.append(_own(one, [REPEATED if bad else SKIP for bad in again]))
+    return documents
 
 
 def _own(one: Written, marks: Sequence[int]) -> Document:
@@ -124,15 +123,6 @@ def _own(one: Written, marks: Sequence[int]) -> Document:
     document = one.document(marks)
     document.marks[: len(one.prompt)] = SKIP
     return document
-
-
-def _long_enough(documents: Sequence[Document], mean: float) -> list[Document]:
-    """The longest answers, as many as have so many tokens on average; a fifth of all at least."""
-    lengths = [int((document.marks == ANSWER).sum()) for document in documents]
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    means = np.cumsum([lengths[i] for i in order]) / np.arange(1, len(order) + 1)
-    count = max(int((means >= mean).sum()), -(-len(order) // 5))
-    return [documents[i] for i in order[:count]]
 
 
 class OwnRows:

@@ -346,14 +346,6 @@ def test_refinement_imitates_clean_answers_and_marks_repeated_ones() -> None:
     ]
 
 
-@pytest.mark.parametrize(("mean", "kept"), [(0, [9, 6, 3, 2, 2]), (6, [9, 6, 3]), (8, [9]), (20, [9])])
-def test_the_shortest_clean_answers_are_not_imitated(mean: float, kept: list[int]) -> None:
-    recipe = Refine(1.0, 1, 1, 1, 1, 1, 1, {}, imitated_tokens=mean)
-    answers = [Written([1, ASSISTANT], [*range(10, 9 + length), END]) for length in (3, 2, 9, 6, 2)]
-    documents = _documents(answers, [0.7] * 5, recipe)
-    assert [int((d.marks == ANSWER).sum()) for d in documents] == kept
-
-
 def test_answers_survive_saving(tmp_path: Path) -> None:
     written = [Written([1, 2, 3], [4]), Written([5], []), Written([6], [7, 8])]
     save_written(written, tmp_path / "a.npz")
