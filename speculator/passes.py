@@ -83,6 +83,33 @@ class StatePasses(Passes, Protocol):
     def verify(self, batch: Batch, states: StatePass | None = None) -> Verified: ...
 
 
+class Relay:
+    """Passes that hand every pass on to others; whoever watches or changes one of them overrides it."""
+
+    def __init__(self, inner: Passes) -> None:
+        self.inner = inner
+
+    def feed(self, batch: Batch, *states: StatePass | None) -> Fed:
+        run: Callable[..., Fed] = self.inner.feed  # with states where the passes inside take them
+        return run(batch, *states)
+
+    def feed_head(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        return self.inner.feed_head(batch, features, following)
+
+    def verify(self, batch: Batch, *states: StatePass | None) -> Verified:
+        run: Callable[..., Verified] = self.inner.verify
+        return run(batch, *states)
+
+    def catch_up(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        return self.inner.catch_up(batch, features, following)
+
+    def draft(self, start: Start, shape: DraftShape) -> Drafted:
+        return self.inner.draft(start, shape)
+
+    def tally(self) -> dict[str, tuple[int, int]]:
+        return self.inner.tally()
+
+
 class EagerPasses:
     """Runs every pass at its own size. `head_attention` may differ from the target's, over the same cache.
 

@@ -422,18 +422,8 @@ def _mode(start: Start) -> str:
 
 def _sampling(mode: str, inputs: Buffers) -> RowSampling:
     """What the host may know of every batch of this mode."""
-    filtered = mode.startswith(FILTERED)
-    return RowSampling(
-        **{name: inputs[name] for name in SAMPLING},
-        penalty=inputs["temperature"],  # not read: drafts know no penalty
-        all_greedy=mode == GREEDY,
-        any_greedy=True,
-        any_top_k=filtered,
-        any_top_p=filtered,
-        any_min_p=filtered,
-        any_penalty=False,
-        width=0,
-    )
+    read = {name: inputs[name] for name in SAMPLING}
+    return RowSampling.alike(read, greedy=mode == GREEDY, filtered=mode.startswith(FILTERED))
 
 
 def _kind(shape: DraftShape) -> Variant:

@@ -75,18 +75,7 @@ class RoundState:
         names = ("temperature", "seed", "top_k", "top_p", "min_p")
         used = {GREEDY: 0, NOISE: 2, FILTERED: 5}[mode]
         taken = {name: self.memory[name][rows if i < used else slice(0)] for i, name in enumerate(names)}
-        filtered = mode == FILTERED
-        return RowSampling(
-            **taken,
-            penalty=taken["temperature"],  # not read: sessions with a penalty run no recorded rounds
-            all_greedy=mode == GREEDY,
-            any_greedy=True,
-            any_top_k=filtered,
-            any_top_p=filtered,
-            any_min_p=filtered,
-            any_penalty=False,
-            width=0,
-        )
+        return RowSampling.alike(taken, greedy=mode == GREEDY, filtered=mode == FILTERED)
 
     # the draft that the next round verifies
 

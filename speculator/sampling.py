@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,24 @@ class RowSampling(NamedTuple):
     any_min_p: bool
     any_penalty: bool
     width: int  # how many of the best scores top-k and top-p have to rank; 0 is all of them
+
+    @classmethod
+    def alike(cls, read: Mapping[str, Tensor], greedy: bool, filtered: bool) -> RowSampling:
+        """Of recorded passes: `read` are the parameters by name, save the penalty, which these passes do not know.
+
+        The host says what holds for every batch that a recording may meet.
+        """
+        return cls(
+            **read,
+            penalty=read["temperature"],
+            all_greedy=greedy,
+            any_greedy=True,
+            any_top_k=filtered,
+            any_top_p=filtered,
+            any_min_p=filtered,
+            any_penalty=False,
+            width=0,
+        )
 
     @classmethod
     def from_params(cls, params: Sequence[SamplingParams], device: torch.device | str) -> RowSampling:

@@ -6,14 +6,10 @@ whoever prints a figure of it says that it is synthetic.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from speculator.drafting import Drafted, Start
-from speculator.passes import EagerPasses, Fed, Passes, Verified
-from speculator.types import DraftShape
+from speculator.passes import EagerPasses, Passes, Relay, Verified
 from target.batch import Batch
 from target.readout import Asked, Readout
 from target.states import StatePass
@@ -113,27 +109,13 @@ class ForcedEager(EagerPasses):
         return bend(found, batch, self.depths.next(len(batch.tokens))) if batch.tokens.shape[1] > 1 else found
 
 
-class ForcedPasses:
+class ForcedPasses(Relay):
     """Any passes, with their verification bent afterwards."""
 
     def __init__(self, inner: Passes, depths: Depths) -> None:
-        self.inner, self.depths = inner, depths
+        super().__init__(inner)
+        self.depths = depths
 
-    def verify(self, batch: Batch, *states: Any) -> Verified:
-        found = self.inner.verify(batch, *states)
+    def verify(self, batch: Batch, *states: StatePass | None) -> Verified:
+        found = super().verify(batch, *states)
         return bend(found, batch, self.depths.next(len(batch.tokens))) if batch.tokens.shape[1] > 1 else found
-
-    def feed(self, batch: Batch, *states: Any) -> Fed:
-        return self.inner.feed(batch, *states)
-
-    def feed_head(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
-        return self.inner.feed_head(batch, features, following)
-
-    def catch_up(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
-        return self.inner.catch_up(batch, features, following)
-
-    def draft(self, start: Start, shape: DraftShape) -> Drafted:
-        return self.inner.draft(start, shape)
-
-    def tally(self) -> dict[str, tuple[int, int]]:
-        return self.inner.tally()

@@ -17,41 +17,26 @@ from speculator.bench.bootstrap import Array, interval, ratio, weights
 from speculator.bench.figures import rounded
 from speculator.bench.records import Interval, Theory
 from speculator.bench.rounds import room_of
-from speculator.drafting import Drafted, Start
 from speculator.engine import Engine
 from speculator.local import LocalSequence
-from speculator.passes import Fed, Passes, Verified
+from speculator.passes import Passes, Relay, Verified
 from speculator.sampling import probabilities, scores
 from speculator.types import DraftShape, Rule, SamplingParams
 from target.batch import Batch
+from target.states import StatePass
 
 
-class Listener:
+class Listener(Relay):
     """Passes that remember the newest logits of a verification."""
 
     def __init__(self, passes: Passes) -> None:
-        self.inner = passes
+        super().__init__(passes)
         self.logits: Tensor | None = None  # [R, T, V]
 
-    def feed(self, batch: Batch) -> Fed:
-        return self.inner.feed(batch)
-
-    def feed_head(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
-        return self.inner.feed_head(batch, features, following)
-
-    def verify(self, batch: Batch) -> Verified:
-        found = self.inner.verify(batch)
+    def verify(self, batch: Batch, *states: StatePass | None) -> Verified:
+        found = super().verify(batch, *states)
         self.logits = found.logits
         return found
-
-    def catch_up(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
-        return self.inner.catch_up(batch, features, following)
-
-    def draft(self, start: Start, shape: DraftShape) -> Drafted:
-        return self.inner.draft(start, shape)
-
-    def tally(self) -> dict[str, tuple[int, int]]:
-        return self.inner.tally()
 
 
 @contextmanager

@@ -6,28 +6,33 @@ orders, sessions or how a pass is computed. The head is whole on every rank, and
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from speculator.drafting import Drafted, Start
-from speculator.passes import EagerPasses, Fed, Verified
+from speculator.passes import EagerPasses, Fed, Relay, Verified
 from speculator.ranks.shares import Passes as Asked
 from speculator.recorded import RecordedPasses
 from speculator.tree import chain
-from speculator.types import DraftShape, Extent
+from speculator.types import Extent
 from target.batch import Batch
 from target.experts import Exchange
+from target.states import StatePass
 
 NOTHING = Asked(None, None)
+T = TypeVar("T")
 
 
-class JointPasses:
-    """`Passes` over those of one rank. `begin` says what all ranks will run, `finish` runs what was left out."""
+class JointPasses(Relay):
+    """`Passes` over those of one rank, whose head is its own.
+
+    `begin` says what all ranks will run, `finish` runs what was left out.
+    """
 
     def __init__(self, own: EagerPasses | RecordedPasses, exchange: Exchange, device: torch.device) -> None:
-        self._own, self._exchange, self._device = own, exchange, device
+        super().__init__(own)
+        self._exchange, self._device = exchange, device
         self._left = NOTHING
 
     def begin(self, asked: Asked) -> None:
@@ -49,35 +54,21 @@ class JointPasses:
         zeros = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
         return Batch(zeros, zeros, zeros[0], zeros[0], zeros, longest=1)
 
-    def feed(self, batch: Batch) -> Fed:
+    def feed(self, batch: Batch, *states: StatePass | None) -> Fed:
         extent, self._left = self._left.feed, self._left._replace(feed=None)
-        return self._together(self._own.feed, batch, extent)  # type: ignore[no-any-return]
+        return self._together(self.inner.feed, batch, extent)
 
-    def verify(self, batch: Batch) -> Verified:
+    def verify(self, batch: Batch, *states: StatePass | None) -> Verified:
         self._skip_feed()
         extent, self._left = self._left.verify, self._left._replace(verify=None)
-        return self._together(self._own.verify, batch, extent)  # type: ignore[no-any-return]
+        return self._together(self.inner.verify, batch, extent)
 
-    def _together(self, run: Any, batch: Batch, extent: Extent | None) -> Any:
+    def _together(self, run: Callable[[Batch], T], batch: Batch, extent: Extent | None) -> T:
         assert extent is not None, "a pass that the other ranks do not know of"
         with self._exchange.of(extent.tokens):
-            if not isinstance(self._own, RecordedPasses):
+            if not isinstance(self.inner, RecordedPasses):
                 return run(batch)
             if extent.trees and batch.ancestors is None:  # the graph of all is one of trees
                 batch = batch._replace(ancestors=chain(batch.tokens, batch.counts, 0).ancestors)
-            with self._own.together(extent):
+            with self.inner.together(extent):
                 return run(batch)
-
-    # the head: this rank's alone
-
-    def feed_head(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
-        return self._own.feed_head(batch, features, following)
-
-    def catch_up(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
-        return self._own.catch_up(batch, features, following)
-
-    def draft(self, start: Start, shape: DraftShape) -> Drafted:
-        return self._own.draft(start, shape)
-
-    def tally(self) -> dict[str, tuple[int, int]]:
-        return self._own.tally()
