@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from target.attention.base import Turn
 from target.batch import Batch
 from target.kernels.dependent import dependent, settled
-from target.kernels.gqa_splits import FAR, SPECIAL, Cut, combine_kernel, cut, fold, join, leave, row_splits
+from target.kernels.gqa_splits import FAR, SPECIAL, Cut, combine_kernel, cut, fold, join, leave, room, row_splits
 from target.kernels.rope_write import turn_constants, turn_pointers, turned
 
 LOG2E = 1.4426950408889634
@@ -390,6 +390,7 @@ class Config(NamedTuple):
     shortest: int = 2  # blocks of a split at least
     tma: bool = True  # blocks through the copy engine, where it can read them
     joined: int = 4  # stages in which the last program of a tile joins all splits; 0 leaves it to a kernel of its own
+    resident: int = 2  # programs of a multiprocessor at once
     parts: int = 0  # programs that take the splits of a row, where all rows are alike; 0: as many as fill the device
     run: int = 2048  # tokens that a program takes at most, but for a longer split: rows of a batch may differ
 
@@ -398,18 +399,22 @@ class Config(NamedTuple):
 def pick(queries: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The configuration for a shape; it depends neither on the number of rows nor on lengths."""
     pairs, narrow = queries * heads // kv_heads, dtype.itemsize == 2
-    largest = 16 if not narrow else 64 if dim > 128 else 128
-    rows = min(max(16, triton.next_power_of_2(pairs)), largest)
+    rows = _tile(pairs, queries <= SPLIT_QUERIES, 16 if not narrow else 64 if dim > 128 else 128)
     wide = rows == 128 or not narrow or (rows == 64 and dim > 128)
     splits = 1 if queries > SPLIT_QUERIES else splits_of(kv_heads * triton.cdiv(pairs, rows))
-    fixed = Config(rows, 64 if narrow else 32, 8 if wide else 4, 3, splits)
+    fixed = Config(rows, 64 if narrow else 32, 8 if wide else 4, 3, splits, resident=2 if rows <= 32 else 1)
     return fixed._replace(stages=_stages(fixed, dim, dtype, device), joined=_join_stages(fixed, dim, device))
+
+
+def _tile(pairs: int, few: bool, largest: int) -> int:
+    """Rows of a tile. Where half of the largest leave less of the last tile empty, and few read keys again, those."""
+    rows = min(max(16, triton.next_power_of_2(pairs)), largest)
+    return 64 if few and rows == 128 and triton.cdiv(pairs, 64) % 2 else rows
 
 
 def splits_of(programs: int) -> int:
     """Splits that give a lone request about 128 programs, one for each multiprocessor of a large device."""
-    wanted = max(128 // programs, 1)
-    return min(max(1 << (wanted.bit_length() - 1), 4), 64)
+    return min(max(128 // programs, 4), 64)
 
 
 def _stages(config: Config, dim: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -462,8 +467,8 @@ def launch_attend(
     heads = heads if turn is None else heads - 2 * kv_heads
     tiles = triton.cdiv(queries * (heads // kv_heads), config.rows)
     way = cut(
-        batch.longest, rows * kv_heads * tiles, config.block, config.splits, config.shortest, config.parts, config.run,
-        q.device,
+        batch.longest, config.block, config.splits, config.shortest, config.run,
+        config.parts or room(q.device, config.resident, rows * kv_heads * tiles),
     )  # fmt: skip
     lone = way.programs == 1
     out = torch.empty(rows, queries, heads, dim, dtype=q.dtype, device=q.device)

@@ -25,7 +25,6 @@ from target.kernels.dependent import settled
 
 FAR = tl.constexpr(0x3FFFFFFF)
 CHUNK = tl.constexpr(8)  # splits whose loads are on their way together
-RESIDENT = 2  # programs that a multiprocessor holds at once
 MULTIPROCESSORS = 132  # where there is no device to ask
 SPECIAL = ("offset", "window", "bound", "queries", "most_splits", "shortest", "parts", "run_blocks")  # any value
 
@@ -175,11 +174,8 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def cut(
-    longest: int, others: int, block: int, splits: int, shortest: int, parts: int, run: int, device: torch.device
-) -> Cut:  # fmt: skip
-    """For rows of up to `longest` tokens; `others` is rows x tiles x kv heads, the rest as in `gqa.Config`."""
-    parts = parts or max(1, room(device) // max(others, 1))
+def cut(longest: int, block: int, splits: int, shortest: int, run: int, parts: int) -> Cut:
+    """For rows of up to `longest` tokens, each for `parts` programs; the others as in `gqa.Config`."""
     blocks = max(1, -(-longest // block))
     bound = max(1, min(splits, -(-blocks // shortest)))
     if parts >= bound:
@@ -194,9 +190,13 @@ def _runs(blocks: int, most_splits: int, shortest: int, parts: int, run_blocks: 
     return -(-splits // min(-(-splits // parts), max(run_blocks // share, 1)))
 
 
+def room(device: torch.device, resident: int, others: int) -> int:
+    """Programs that each of `others` tiles may have so that all are on the device at once; one at least."""
+    return max(1, resident * _multiprocessors(device) // max(others, 1))
+
+
 @lru_cache(maxsize=16)
-def room(device: torch.device) -> int:
-    """Programs that a device works on at once."""
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return RESIDENT * MULTIPROCESSORS
-    return RESIDENT * int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
