@@ -240,7 +240,6 @@ def split_kernel(
     ancestor_column,
     position_row,
     position_column,
-    most_splits,
     shortest,
     parts,
     run_blocks,
@@ -252,6 +251,7 @@ def split_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr,
     TREE: tl.constexpr,
     WINDOWED: tl.constexpr,
     TMA: tl.constexpr,
@@ -276,10 +276,12 @@ def split_kernel(
     settled(PDL)
     context, count, first, last, share, splits, span = row_splits(
         request, context_ptr, counts_ptr, positions_ptr, position_row, position_column, offset, window, queries,
-        most_splits, shortest, parts, run_blocks, QUERIES_PAD, BLOCK, TREE, WINDOWED,
+        shortest, parts, run_blocks, QUERIES_PAD, BLOCK, SPLITS, TREE, WINDOWED,
     )  # fmt: skip
     if LONE:
         span = splits
+    elif not SPANNED:
+        span = tl.full([], 1, tl.int32)
     if run * span >= splits:
         return
     least_split, end_split = run * span, tl.minimum(run * span + span, splits)
@@ -481,9 +483,9 @@ def launch_attend(
     blocks = _descriptor(store, page_size, config)
     constants = dict(
         QUERIES_PAD=triton.next_power_of_2(queries) if tree and windowed else 1, DIM=dim, DIM_PAD=_pad(dim),
-        BLOCK=config.block, TREE=tree, WINDOWED=windowed,
+        BLOCK=config.block, SPLITS=config.splits, TREE=tree, WINDOWED=windowed,
     )  # fmt: skip
-    splitting = (config.splits, config.shortest, way.parts, config.run // config.block)
+    splitting = (config.shortest, way.parts, config.run // config.block)
     # the tiles of a request lie side by side: they read the same blocks, which are then in the L2 cache
     grid = (tiles, rows * kv_heads, way.programs)
     joined = _joined(config, way, arrived, grid[0] * grid[1])

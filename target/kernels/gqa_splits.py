@@ -26,14 +26,14 @@ from target.kernels.dependent import settled
 FAR = tl.constexpr(0x3FFFFFFF)
 CHUNK = tl.constexpr(8)  # splits whose loads are on their way together
 MULTIPROCESSORS = 132  # where there is no device to ask
-SPECIAL = ("offset", "window", "bound", "queries", "most_splits", "shortest", "parts", "run_blocks")  # any value
+SPECIAL = ("offset", "window", "bound", "queries", "shortest", "parts", "run_blocks")  # any value
 
 
 @triton.jit
 def row_splits(
     request, context_ptr, counts_ptr, positions_ptr, position_row, position_column, offset, window, queries,
-    most_splits, shortest, parts, run_blocks, QUERIES_PAD: tl.constexpr, BLOCK: tl.constexpr, TREE: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    shortest, parts, run_blocks, QUERIES_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    TREE: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """context, count, first block that any query sees, end of the last, blocks a split, splits, and splits a run."""
     context = tl.load(context_ptr + request).to(tl.int32)
@@ -52,7 +52,7 @@ def row_splits(
             lowest = tl.minimum(lowest, context)
         first = lowest // BLOCK
     blocks = tl.maximum(last - first, 0)
-    share = tl.maximum((blocks + most_splits - 1) // most_splits, shortest)
+    share = tl.maximum((blocks + SPLITS - 1) // SPLITS, shortest)
     splits = tl.maximum((blocks + share - 1) // share, 1)
     span = tl.minimum((splits + parts - 1) // parts, tl.maximum(run_blocks // share, 1))
     return context, count, first, last, share, splits, span
@@ -123,7 +123,6 @@ def combine_kernel(
     queries,
     position_row,
     position_column,
-    most_splits,
     shortest,
     parts,
     run_blocks,
@@ -132,6 +131,7 @@ def combine_kernel(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
     TREE: tl.constexpr,
     WINDOWED: tl.constexpr,
     PDL: tl.constexpr,
@@ -142,7 +142,7 @@ def combine_kernel(
     settled(PDL)
     _, _, _, _, _, splits, span = row_splits(
         request, context_ptr, counts_ptr, positions_ptr, position_row, position_column, offset, window, queries,
-        most_splits, shortest, parts, run_blocks, QUERIES_PAD, BLOCK, TREE, WINDOWED,
+        shortest, parts, run_blocks, QUERIES_PAD, BLOCK, SPLITS, TREE, WINDOWED,
     )  # fmt: skip
     if span >= splits:
         return
@@ -151,13 +151,16 @@ def combine_kernel(
     top = tl.full([], float("-inf"), tl.float32)
     mass = tl.zeros([], tl.float32)
     for some in tl.range(span - 1, splits, CHUNK):
+        found = ()  # all of them are asked for before one is waited for
         for step in tl.static_range(CHUNK):
             known = some + step < splits
             at = number.to(tl.int64) * bound + some + step
             part = tl.load(partial_ptr + at * DIM + column, mask=known & (column < DIM), other=0.0)
             part_top = tl.load(peaks_ptr + 2 * at, mask=known, other=float("-inf"))
             part_mass = tl.load(peaks_ptr + 2 * at + 1, mask=known, other=0.0)
-            acc, top, mass = fold(acc, top, mass, part, part_top, part_mass)
+            found = found + ((part, part_top, part_mass),)
+        for step in tl.static_range(CHUNK):
+            acc, top, mass = fold(acc, top, mass, found[step][0], found[step][1], found[step][2])
     result = acc / tl.where(mass > 0, mass, 1.0)
     tl.store(out_ptr + number.to(tl.int64) * DIM + column, result.to(out_ptr.dtype.element_ty), mask=column < DIM)
 

@@ -310,21 +310,27 @@ def test_configurations_depend_on_shapes_alone() -> None:
 # ---- programs that take several splits ----
 
 FINE = dict(splits=8, shortest=1)  # of 16 blocks of 32 tokens and more: splits of several blocks
-CUTS = [dict(parts=parts, run=run) for parts, run in ((8, 2048), (4, 2048), (3, 2048), (2, 2048), (1, 2048), (1, 128))]
+CUTS = {4: 0, 3: 2, 2: 2, 1: 0}  # programs a row: spans of 2, 3, 4 and 8; and in how many stages the last one joins
 
 
 @on_the_interpreter
 @pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize("window", [None, 150])
 def test_the_same_bits_whichever_program_takes_a_split(tree: bool, window: int | None) -> None:
-    """Spans of 1, 2, 3, 4 and 8 splits, or less for a row too long, joined in registers, by the last, by a kernel."""
-    s = scene([510, 3, 70, 260], [3, 1, 0, 2], tree=tree, heads=4, kv_heads=1)
+    """Joined in registers, by the last program of a row or by a kernel of its own."""
+    s = scene([510, 3, 0, 130], [3, 1, 0, 2], tree=tree, heads=4, kv_heads=1)
     expected = oracle(s, window)
     apart = run(s, window, **FINE, parts=8, joined=0)
     close(apart, expected)
-    for change in CUTS:
-        assert torch.equal(run(s, window, **FINE, **change, rows=16, joined=0), apart)
-        assert torch.equal(run(s, window, **FINE, **change, rows=16, joined=2), apart)
+    for parts, joined in CUTS.items():
+        assert torch.equal(run(s, window, **FINE, parts=parts, joined=joined), apart)
+
+
+@on_the_interpreter
+def test_a_row_far_longer_than_the_others_is_shared() -> None:
+    """By programs that take 128 tokens each; of short rows one takes all. The last joins, whatever the tile."""
+    s = scene([510, 70, 30], [2, 1, 2])
+    assert torch.equal(run(s, **FINE, parts=1, run=128), run(s, **FINE, parts=8, joined=0))
 
 
 @on_the_interpreter
