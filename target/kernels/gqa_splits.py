@@ -10,7 +10,7 @@ split as it is, since a fold that begins in the middle would round otherwise. A 
 """
 
 # triton reads the annotations of kernels, and its decorators are untyped where it is installed
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,unused-ignore"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment,misc,unused-ignore"
 
 from __future__ import annotations
 
