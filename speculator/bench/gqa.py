@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from speculator.bench.mla import microseconds
 from speculator.bench.provenance import provenance
+from target.attention.base import Turn
 from target.attention.flash import Flash3Plan, FlashAttention3
 from target.attention.sdpa import SdpaAttention
 from target.batch import Batch
@@ -32,6 +34,9 @@ if TYPE_CHECKING:  # it needs triton
     from target.kernels.gqa import Config
 
 FLASH_SPLITS = (0, 1, 4, 16, 32)  # 0 lets FlashAttention-3 choose; the fastest of these stands in the table
+SHOWN = ((64, 16), (1, 32), (1, 8, 64))  # page sizes, batches and queries of the table
+TUNED = ((64,), (1, 8, 32), (1, 8, 33, 64))
+DEFAULT = "as it is"
 WRONG = 0.05  # from float32 attention over keys and values of unit variance
 
 
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"provenance": provenance()}
     print(json.dumps(report["provenance"]), flush=True)
     with torch.inference_mode():
-        report |= {"tune": tune(args)} if args.tune else {"cells": table(args)}
+        report |= tune(args) if args.tune else {"cells": table(args)}
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -81,20 +86,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flash3", metavar="DIR", help="library or folder of FlashAttention-3; else it is left out")
     parser.add_argument("--json", type=Path, help="write the report there")
-    parser.add_argument("--tune", action="store_true", help="time every configuration of our kernels instead")
+    parser.add_argument(
+        "--tune", nargs="?", const="cuts", choices=("cuts", "kernels"),
+        help="time configurations of our kernels instead: lengths of splits and programs a row, or compiled forms",
+    )  # fmt: skip
     parser.add_argument("--no-sdpa", action="store_true", help="leave SDPA out")
-    parser.add_argument("--pages", type=int, nargs="+", default=[64, 16])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--pages", type=int, nargs="+")
+    parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096, 32768])
-    parser.add_argument("--queries", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--queries", type=int, nargs="+")
     return parser
 
 
 def _fields(args: argparse.Namespace) -> Iterator[tuple[Cell, Field]]:
     """All cells; those of one page size, batch and length share their cache."""
-    for page, batch, length in product(args.pages, args.batches, args.lengths):
+    pages, batches, queries_of = TUNED if args.tune else SHOWN
+    for page, batch, length in product(args.pages or pages, args.batches or batches, args.lengths):
         cache = _cache(Cell(page, batch, length, 1))
-        for queries in args.queries:
+        for queries in args.queries or queries_of:
             cell = Cell(page, batch, length, queries)
             yield cell, field(cell, cache)
         del cache
@@ -238,16 +247,55 @@ def _verdict(rows: list[dict[str, Any]]) -> Iterator[str]:
 # ---- tuning ----
 
 
-def tune(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The time of every configuration for every cell, best first."""
-    rows: list[dict[str, Any]] = []
+def tune(args: argparse.Namespace) -> dict[str, Any]:
+    """The time of every configuration for every cell, best first; the best single one for each number of queries.
+
+    What is timed is what a round runs: from a qkv product, its heads turned and its own tokens stored on the way.
+    """
+    rows = []
     for cell, f in _fields(args):
-        found = {str(tuple(config)): _try(config, f) for config in _configs(cell)}
-        times = sorted((value, name) for name, value in found.items() if isinstance(value, float))
-        failed = {name: value for name, value in found.items() if isinstance(value, str)}
-        rows.append({**cell._asdict(), "times": [(name, value) for value, name in times], "failed": failed})
-        print(cell, "best", times[:4], "default", times and found[str(tuple(_default(cell)))], flush=True)
-    return rows
+        rows.append(_tuned(cell, f, args.tune))
+        print(_told(rows[-1]), flush=True)
+    queries = sorted({row["queries"] for row in rows})
+    single = {count: single_best([row for row in rows if row["queries"] == count]) for count in queries}
+    for count, choices in single.items():
+        shown = choices[:3] + [choice for choice in choices[3:] if choice[0] == DEFAULT]
+        for name, mean, worst in shown:
+            print(f"queries {count:2}: {mean:.2f} of each cell's best on average, {worst:.2f} at most: {name}")
+    return {"tune": rows, "single": single}
+
+
+def _tuned(cell: Cell, f: Field, what: str) -> dict[str, Any]:
+    base = _default(cell)
+    found = {_name(config, base): _try(config, f) for config in (_cuts if what == "cuts" else _kernels)(cell)}
+    times = [(name, value) for name, value in found.items() if isinstance(value, float)]
+    failed = {name: value for name, value in found.items() if isinstance(value, str)}
+    ordered = sorted(times, key=lambda pair: pair[1])
+    return {**cell._asdict(), "default": base._asdict(), "times": ordered, "failed": failed}
+
+
+def _told(row: dict[str, Any]) -> str:
+    best = "; ".join(f"{value} us {name}" for name, value in row["times"][:3])
+    default = dict(row["times"]).get(DEFAULT)
+    text = "batch {batch:2} length {length:5} queries {queries:2}: ".format(**row)
+    return text + f"default {default} us; best {best}; {len(row['failed'])} failed"
+
+
+def single_best(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Configurations that ran in all cells by their time over the cell's best: geometric mean and largest."""
+    times = [dict(row["times"]) for row in rows]
+    everywhere = set.intersection(*(set(found) for found in times)) if times else set()
+    scored = []
+    for name in everywhere:
+        ratios = [found[name] / min(found.values()) for found in times]
+        scored.append((name, math.exp(sum(map(math.log, ratios)) / len(ratios)), max(ratios)))
+    return sorted(scored, key=lambda choice: choice[1:])
+
+
+def _name(config: Config, base: Config) -> str:
+    """What differs from the default."""
+    changes = {key: value for key, value in config._asdict().items() if value != getattr(base, key)}
+    return " ".join(f"{key}={value}" for key, value in changes.items()) or DEFAULT
 
 
 def _default(cell: Cell) -> Config:
@@ -256,29 +304,47 @@ def _default(cell: Cell) -> Config:
     return pick(cell.queries, cell.heads, cell.kv_heads, cell.dim, torch.bfloat16, torch.device("cuda", 0))
 
 
-def _configs(cell: Cell) -> Iterator[Config]:
+def _cuts(cell: Cell) -> Iterator[Config]:
+    """Tiles, lengths of splits and programs a row; of each tile a handful of compiled kernels serve all of these."""
+    base = _default(cell)
+    tiles = [base]
+    if cell.queries > 16:
+        large = [(64, 4, 3, 1), (64, 4, 2, 2), (128, 8, 3, 1)]
+        tiles = [base._replace(rows=m, warps=w, stages=stages, resident=r) for m, w, stages, r in large]
+    parts: list[dict[str, Any]] = [dict(resident=n) for n in (1, 2, 4)] + [dict(parts=n) for n in (1, 2, 4, 64)]
+    yield from dict.fromkeys((
+        base, *(base._replace(run=run) for run in (1024, 4096, 1 << 20)), base._replace(splits=2 * base.splits),
+        *(tile._replace(shortest=n, **change) for tile, n, change in product(tiles, (1, 2, 4, 8), parts)),
+    ))  # fmt: skip
+
+
+def _kernels(cell: Cell) -> Iterator[Config]:
     """The default, and what lies around it in each direction and in some pairs of them."""
     base = _default(cell)
-    yield base
-    for splits, shortest in product({base.splits, base.splits * 2, max(base.splits // 2, 1)}, (1, 2, 4)):
-        yield base._replace(splits=splits, shortest=shortest)
-    for stages, tma in product((1, 2, 3, 4), (True, False)):
-        yield base._replace(stages=stages, tma=tma)
+    found = [base, base._replace(joined=0)]
+    found += [base._replace(stages=stages, tma=tma) for stages, tma in product((1, 2, 3, 4), (True, False))]
     for warps, block in product((2, 4, 8), (32, 64, 128)):
-        yield base._replace(warps=warps, block=block, stages=2 if block == 128 else 3)
-    for rows in {16, 32, 64, 128} - {base.rows}:
-        yield base._replace(rows=rows, warps=8 if rows == 128 else 4)
+        found.append(base._replace(warps=warps, block=block, stages=2 if block == 128 else 3))
+    found += [base._replace(rows=rows, warps=8 if rows == 128 else 4) for rows in (16, 32, 64, 128)]
+    yield from dict.fromkeys(found)
 
 
 def _try(config: Config, f: Field) -> float | str:
     from target.attention.triton import TritonAttention
 
     attention = TritonAttention(f.cache, config)
+    qkv, turn = torch.cat((f.q, f.k, f.v), dim=2), _no_turn(f)
     try:
         plan = attention.plan(f.batch)
-        return round(_time(lambda turn: attention.attend(plan, f.layer(turn), f.q, None), f), 1)
+        return round(_time(lambda at: attention.run_fused(plan, f.layer(at), qkv, turn, None), f), 1)
     except Exception as failure:  # a configuration that does not fit the device is a result, not the end of the run
         return f"{type(failure).__name__}: {str(failure)[:160]}"
+
+
+def _no_turn(f: Field) -> Turn:
+    """A rotation by nothing, so that results can be compared with attention over what is given."""
+    cos = torch.ones_like(f.q[:, :, :1])
+    return Turn(cos, torch.zeros_like(cos))
 
 
 if __name__ == "__main__":

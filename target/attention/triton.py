@@ -2,8 +2,8 @@
 
 Owns: the hand-over from a batch to launches. Must never know models or drafting. Every launch reads the batch's live
 lengths, page tables and masks on the device, so a plan holds nothing that could go stale and may be recorded and
-replayed at any length up to `longest`. Passes of up to 64 queries split long rows; longer ones (prompt chunks) run the
-same kernel in one split, cut at the diagonal.
+replayed at any length up to `longest`. Passes of up to 64 queries split long rows, and a program takes as many of the
+splits as the number of rows allows; longer ones (prompt chunks) run the same kernel in one split, cut at the diagonal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TritonAttention(FusedAttention):
     """`plan` and `run` over the paged cache; neither reads the host. Padding gives zeros and is not stored.
 
     What lies in slots that no valid query of a row sees cannot reach the results, not even NaN. A row's result has the
-    same bits whatever the other rows of the batch are, and however loose `longest` is.
+    same bits whatever the other rows of the batch are, and however many they are or loose `longest` is.
     """
 
     def __init__(self, cache: PagedCache, config: kernels.Config | None = None, pdl: bool | None = None) -> None:
