@@ -394,7 +394,7 @@ class Config(NamedTuple):
     joined: int = 4  # stages in which the last program of a tile joins all splits; 0 leaves it to a kernel of its own
     resident: int = 2  # programs of a multiprocessor at once
     parts: int = 0  # programs that take the splits of a row, where all rows are alike; 0: as many as fill the device
-    run: int = 2048  # tokens that a program takes at most, but for a longer split: rows of a batch may differ
+    run: int = 4096  # tokens that a program takes at most, but for a longer split: rows of a batch may differ
 
 
 @lru_cache(maxsize=1024)
@@ -405,6 +405,8 @@ def pick(queries: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, 
     wide = rows == 128 or not narrow or (rows == 64 and dim > 128)
     splits = 1 if queries > SPLIT_QUERIES else splits_of(kv_heads * triton.cdiv(pairs, rows))
     fixed = Config(rows, 64 if narrow else 32, 8 if wide else 4, 3, splits, resident=2 if rows <= 32 else 1)
+    if rows == 64 and splits > 1 and not wide:  # trees: two programs at once hide more than a third block on its way
+        fixed = fixed._replace(stages=2, shortest=8, resident=2, parts=splits)
     return fixed._replace(stages=_stages(fixed, dim, dtype, device), joined=_join_stages(fixed, dim, device))
 
 
