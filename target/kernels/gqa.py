@@ -285,7 +285,8 @@ def split_kernel(
     if run * span >= splits:
         return
     least_split, end_split = run * span, tl.minimum(run * span + span, splits)
-    pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those of late queries see most, so they begin first
+    pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     query = pair // GROUPS
     inside = query < queries
     live = inside & (query < count)
@@ -297,7 +298,7 @@ def split_kernel(
     start = context + offset
     whole = context // BLOCK
     if not TREE:
-        whole = (start + tl.program_id(0) * BLOCK_M // GROUPS + 1) // BLOCK
+        whole = (start + tile * BLOCK_M // GROUPS + 1) // BLOCK
         last = tl.minimum(last, (tl.max(tl.where(live, own + 1, 0), 0) + BLOCK - 1) // BLOCK)
     near = tl.zeros([BLOCK_M], tl.int32)
     low, clear = first, first
