@@ -162,7 +162,8 @@ def test_what_lies_below_every_window_is_not_read() -> None:
 def test_the_choice_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from target.attention.triton import TritonAttention
 
-    monkeypatch.delenv("SPECULATOR_ATTENTION", raising=False)
+    for name in ("SPECULATOR_ATTENTION", "SPECULATOR_FLASH3"):
+        monkeypatch.delenv(name, raising=False)
     cache = PagedCache([[LayerShape(1, 80, 1)], [LayerShape(2, 64)]], 4, 16, torch.bfloat16, "cuda")
     assert isinstance(grouped_attention(cache), TritonAttention)  # a head over the cache of a target with latents
     assert isinstance(grouped_attention(cache, "torch"), SdpaAttention)
