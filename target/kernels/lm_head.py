@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from target.kernels.dependent import ask_for, asking, dependent, release, settled, wait
+from target.kernels.dependent import ask_behind, ask_for, asking, dependent, last_block, part_of, release, settled, wait
 from target.kernels.skinny import _descriptor, _room, fitted, tile_of
-from target.products import Config
+from target.products import Behind, Config
 from target.readout import Asked, Readout
 
 LARGEST_TILE = 64  # rows; a score of every token of a block and every row of a tile lies in registers
@@ -89,6 +89,12 @@ def read_kernel(
     TMA: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
+    next_ptr,  # weights of the product after this one, as [NEXT_ROWS, NEXT_RUN]
+    NEXT_ROWS: tl.constexpr,
+    NEXT_RUN: tl.constexpr,
+    NEXT_BYTES: tl.constexpr,
+    NEXT_EACH: tl.constexpr,
+    NEXT_PAD: tl.constexpr,
 ):
     """What a block of the vocabulary says to a tile of rows."""
     block, blocks = tl.program_id(1), tl.num_programs(1)
@@ -100,8 +106,12 @@ def read_kernel(
     acc = tl.zeros([BLOCK_N, TILE], tl.float32)
     ask_for(w_at, line < N, 0, K, AHEAD, PDL)
     wait(PDL)
+    last, asks = last_block(0, K, BLOCK_K, STAGES), tl.program_id(0) == 0
+    part = part_of(block, blocks)
     for begin in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        release(begin, K - STAGES * BLOCK_K, PDL)
+        release(begin, last, PDL)
+        ask_behind((begin == last) & asks, part, next_ptr, NEXT_ROWS, NEXT_RUN, NEXT_BYTES, NEXT_EACH,
+            NEXT_PAD)
         column = begin + tl.arange(0, BLOCK_K)
         if TMA:
             w = w_blocks.load([start, begin])
@@ -198,10 +208,11 @@ def merge_kernel(
         taken += mine.to(tl.int32)
 
 
-def launch_read(x: Tensor, weight: Tensor, asked: Asked, config: Config) -> Readout:
+def launch_read(x: Tensor, weight: Tensor, asked: Asked, config: Config, behind: Behind | None = None) -> Readout:
     """What `asked` of the logits x W^T: x [N, H], rows any distance apart, weight [V, H] of its type -> Readout.
 
-    `config.split` must be 1; fewer of its stages are taken where shared memory is short.
+    `config.split` must be 1; fewer of its stages are taken where shared memory is short. `behind` is fetched while
+    this ends.
     """
     rows, (n, k) = x.shape[0], weight.shape
     tile = min(tile_of(rows), LARGEST_TILE)
@@ -221,7 +232,7 @@ def launch_read(x: Tensor, weight: Tensor, asked: Asked, config: Config) -> Read
         asked.keys if noise else x, asked.ids if named else x, scores, logits, columns, sums, rows, x.stride(0),
         N=n, K=k, BEST=best, BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILE=tile, STAGES=config.stages,
         TEMPERED=tempered, NOISE=noise, NAMED=named, RANKED=ranked, TMA=w_blocks is not None, num_warps=config.warps,
-        **asking(config, config.block_n, x),
+        **asking(config, config.block_n, blocks, x, behind),
     )  # fmt: skip
     merge_kernel[(rows,)](
         scores, logits, columns, sums, out.columns, out.scores, out.logits, out.total,
