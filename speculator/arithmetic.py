@@ -16,7 +16,6 @@ from speculator.heads.base import DraftHead
 from speculator.types import Rule
 from target.decoder import Decoder
 from target.errors import PlanError
-from target.layers import SelfAttention
 from target.products import Table, choose_products, fast_product, fixed_product, follow, library, multiplied_weights
 
 log = logging.getLogger(__name__)
@@ -48,8 +47,8 @@ def _say_what_follows(target: Decoder, head: DraftHead | None) -> None:
     steps = [] if head is None else multiplied_weights(head)
     follow(target.product, [*multiplied_weights(target), target.head_weight, *steps[:1]])
     if head is not None:
-        first = next((layer.qkv.weight for layer in head.modules() if isinstance(layer, SelfAttention)), None)
-        follow(head.product, [*steps, head.lm_table, *([] if first is None else [first])])
+        again = steps[1:] if head.record.kind == "eagle3" and head.record.fc else steps  # its fc takes true features only
+        follow(head.product, [*steps, head.lm_table, *again[:1]])
 
 
 def _say_where_it_holds(config: Config, table: Table, device: torch.device) -> None:

@@ -21,7 +21,6 @@ from speculator.invariant import SEEDED, Setting, certify, first_difference, pla
 from speculator.types import DraftShape
 from target.batch import Batch, causal_positions
 from target.decoder import Decoder
-from target.layers import SelfAttention
 from target.products import FastProduct, Table, behind, choose_products, in_fixed_order, library, row_by_row
 from tests.unit.engines import tiny_engine, tiny_head, tiny_target
 
@@ -253,9 +252,11 @@ def test_products_are_told_what_a_round_multiplies_with_next(kind: str, monkeypa
         if any(after.weight is earlier for earlier in seen):
             break
         seen.append(after.weight)
-    own = next(m for m in head.modules() if isinstance(m, SelfAttention))
     parts = [(a.attention.qkv, a.attention.o, a.mlp.gate_up, a.mlp.down) for a in target.layers]
     layers = [module.weight for modules in parts for module in modules]
     assert [id(weight) for weight in weights[: len(layers)]] == [id(weight) for weight in layers]
     assert weights[len(layers)] is target.head_weight
-    assert any(weights[-1] is weight for weight in (own.qkv.weight, head.fc.weight)) and weights[-2] is head.lm_table
+    after = behind(target.product, head.lm_table, 1)
+    assert after is not None and after.weight is (
+        head.fc.weight if kind == "eagle" else head.layers[0].attention.qkv.weight
+    )  # type: ignore[index,union-attr]
