@@ -46,8 +46,8 @@ def _say_what_follows(target: Decoder, head: DraftHead | None) -> None:
     """A round multiplies with the target's weights, then the head's, and with those once more for each token."""
     steps = [] if head is None else multiplied_weights(head)
     follow(target.product, [*multiplied_weights(target), target.head_weight, *steps[:1]])
-    if head is not None:
-        again = steps[1:] if head.record.kind == "eagle3" and head.record.fc else steps  # its fc takes true features only
+    if head is not None:  # EAGLE-3's fc takes true features only
+        again = steps[1:] if head.record.kind == "eagle3" and head.record.fc else steps
         follow(head.product, [*steps, head.lm_table, *again[:1]])
 
 
