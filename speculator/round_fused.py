@@ -14,7 +14,7 @@ from speculator.heads.base import DraftHead
 from speculator.kernels.chain import launch_begin, launch_judge, launch_note, launch_settle
 from speculator.passes import EagerPasses, Verified
 from speculator.round_glue import Glue, Kind, Memory, TorchGlue
-from speculator.round_state import FILTERED, GREEDY
+from speculator.round_state import GREEDY, NOISE
 from speculator.round_tree import TreeGlue
 from speculator.sampling import gumbel_of
 from target.attention.base import Attention, bind
@@ -23,8 +23,8 @@ from target.readout import Asked, Readout, read_logits
 
 
 def fused_glue(memory: Memory, kind: Kind) -> Glue:
-    """The kernels, or torch's operations where these do not serve: filters, heads of several modules."""
-    if kind.mode == FILTERED or memory.lookback:
+    """The kernels, or torch's operations where these do not serve: filters, all rules, heads of several modules."""
+    if kind.mode not in (GREEDY, NOISE) or memory.lookback:
         return TorchGlue(memory, kind)
     return ChainGlue(memory, kind) if kind.drafted.is_chain else TreeGlue(memory, kind)
 
