@@ -105,6 +105,7 @@ class GraphsConfig:
     rows: int = 0  # largest batch of rounds that is recorded; 0 is the engine's sessions, 32 at most
     prompt_tokens: int = 1024  # largest prompt chunk that is recorded, over all rows of a step (piecewise, round)
     depths: str = "0"  # shorter chains with rounds of their own, depths between commas; beside trees 0 alone (round)
+    every_rule: bool = False  # rounds under rejection, block rule and repetition penalty too; more memory (round)
 
     def __post_init__(self) -> None:
         _within(self, "graphs", rows=(0, 4096), prompt_tokens=(1, 8192))

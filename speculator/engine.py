@@ -338,7 +338,7 @@ class Engine:
         shape = chosen[0].propose
         assert shape is not None
         drafted = self._number(self.passes.draft(start, shape), picked, index)
-        if self.rounds and drafted.q is None:
+        if self.rounds:
             self.rounds.hold(index, self._ints(index), shape, drafted)
         return drafted
 

@@ -273,6 +273,7 @@ def graph_sizes(config: Config, target: Decoder) -> Sizes:
         page_size=page,
         shape=filled(config.draft.shape),  # as sessions ask for it
         prompt_tokens=config.graphs.prompt_tokens if config.graphs.mode != "split" else 0,
+        every_rule=config.graphs.every_rule,
     )
 
 

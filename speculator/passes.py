@@ -158,11 +158,11 @@ class EagerPasses:
         assert self.head is not None
         return self.head.catch_up(self.head.fuse(features), following, batch.positions, batch.counts, attend)
 
-    def outputs(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
-        """All [R, T, H] that a head of one module makes of true rows; `catch_up` keeps each row's last."""
+    def outputs(self, batch: Batch, features: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """All that a head of one module makes of true rows, two parts [R, T, H]; `catch_up` keeps each row's last."""
         assert self.head is not None and not self.head.lookback
         attend = bind(self.head_attention, batch)
-        return self.head(self.head.fuse(features), following, batch.positions, attend)  # type: ignore[no-any-return]
+        return self.head.advance(self.head.fuse(features), following, batch.positions, attend)
 
     def draft(self, start: Start, shape: DraftShape) -> Drafted:
         assert self.head is not None

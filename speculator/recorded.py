@@ -57,6 +57,7 @@ class Sizes(NamedTuple):
     page_size: int
     shape: DraftShape  # the draft that is recorded
     prompt_tokens: int = 0  # largest prompt chunk recorded, over all its rows; 0 runs prompts eager
+    every_rule: bool = False  # whether whole rounds under any rule, and with a repetition penalty, are recorded too
 
     @property
     def capacity(self) -> int:

@@ -1,13 +1,14 @@
 """What lies between the passes of a round: judge, keep the accepted path, hand true rows to the head, report.
 
 Owns: those parts, as device work on whole batches that reads nothing back, so that they can be recorded. Must never
-know a session or who drafted, nor any rule but the coupled one.
+know a session or who drafted.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from speculator.lookback import TrueRows, gather_rows
@@ -15,10 +16,12 @@ from speculator.readout import target_draws
 from speculator.sampling import RowSampling, scores
 from speculator.tree import Tree, compaction
 from speculator.types import Rule
-from speculator.verify import Verdict, verify, verify_coupled
+from speculator.verify import DraftQ, Verdict, verify, verify_coupled
 from target.batch import Batch, causal_positions
 from target.cache import PagedCache
 from target.readout import Asked, Readout
+
+RULES = (Rule.COUPLED, Rule.REJECTION, Rule.BLOCK)  # by their numbers on the device
 
 
 class Answers(Protocol):
@@ -50,6 +53,29 @@ def judge_coupled(
         return verdict, report(tree, verdict, verified.logits)
     verdict = verify_coupled(tree, draws.tokens)
     return verdict, Report(draws.logprobs.gather(1, verdict.path), (draws.finite | ~tree.valid()).all(-1))
+
+
+def judge_each(
+    tree: Tree,
+    logits: Tensor,
+    sampling: RowSampling,
+    base: Tensor,
+    rules: Tensor,
+    q: DraftQ | None = None,
+    seen: Tensor | None = None,
+) -> tuple[Verdict, Report]:
+    """As `judge_coupled`, with RULES[rules[r]] for row r, all on the device: each rule judges every row.
+
+    Trees are not judged by the block rule, which takes chains only.
+    """
+    values = scores(logits, sampling, seen)
+    verdict = verify(Rule.COUPLED, tree, values, sampling, base)
+    for number in range(1, len(RULES) if tree.chain else RULES.index(Rule.BLOCK)):
+        other, own = verify(RULES[number], tree, values, sampling, base, q), rules == number
+        kept = torch.where(own, other.kept, verdict.kept)
+        tokens, path = (torch.where(own[:, None], other[i], verdict[i]) for i in (0, 2))
+        verdict = Verdict(tokens, kept, path)
+    return verdict, report(tree, verdict, logits)
 
 
 def keep_path(cache: PagedCache, batch: Batch, verdict: Verdict, features: Tensor) -> TrueRows:

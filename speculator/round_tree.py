@@ -48,7 +48,7 @@ class TreeGlue:
         judged = self.judged
         batch = self.batch._replace(tokens=judged.tokens, positions=judged.positions, counts=judged.kept)
         outputs = passes.outputs(batch, self.features, judged.tokens)
-        self.output = launch_settle(outputs, self.begun, judged, self.memory.rows.output)
+        self.output = launch_settle(*outputs, self.begun, judged, self.memory.rows.output)
 
     def draft(self, passes: EagerPasses) -> None:
         start = Start(
