@@ -11,6 +11,7 @@ from hybrid_models import FAMILIES, VOCAB, hybrid_engine, hybrid_head, hybrid_ta
 from torch import Tensor
 
 from graphs.tape import TapeRecorder
+from speculator.bench.theory import listening
 from speculator.engine import Engine
 from speculator.errors import EngineFailedError, InvalidTreeError, NumericalError
 from speculator.passes import EagerPasses
@@ -292,12 +293,19 @@ def test_a_row_that_changes_hands_forgets(target: Decoder) -> None:
     assert [s.produced[:COUNT] for s in again] == plain(target, [GREEDY] * 4)
 
 
-def test_passes_that_take_no_states_are_refused(target: Decoder) -> None:
-    from speculator.bench.theory import listening
-
+def test_passes_that_take_no_states_are_refused(target: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     _, sessions, engine = started(target)
-    with listening(engine), pytest.raises(EngineFailedError, match="Listener takes no recurrent states"):
+    monkeypatch.setattr(engine, "passes", object())
+    with pytest.raises(EngineFailedError, match="object takes no recurrent states"):
         engine.step([Step(0, sessions[0].cached, sessions[0].pages, root=sessions[0].tokens[-1], draft=Draft())])
+
+
+def test_passes_that_hand_on_take_states(target: Decoder) -> None:
+    driver, sessions, engine = started(target)
+    with listening(engine) as listener:
+        driver.rounds(sessions, COUNT, [CHAIN] * 4)
+    assert listener.logits is not None
+    assert [s.produced[:COUNT] for s in sessions] == plain(target, [GREEDY] * 4)
 
 
 def test_the_attention_of_a_pass_is_bound_as_it_is_elsewhere(target: Decoder) -> None:
