@@ -3,8 +3,9 @@
 Owns: which modules take them, and when a product ends in SiLU. Must never know device code or models. The seven are
 norm with residual add, qkv, attention (per-head norms, rotation, storing keys and values, split passes and their
 joining, which is a kernel of its own where that is faster), o, norm with residual add, gate and up with SiLU-mul, down.
+A gated DeltaNet layer has seven before its norm: two products, gates, rows, the rule, gated norm, o.
 Torch's pieces stay the oracle, the way on a CPU and the only ones with a gradient; what has no fused form (latent
-attention, routed experts, recurrent layers) keeps them between fused norms.
+attention, gated attention, routed experts) keeps them between fused norms.
 
 Against torch's pieces on the same input: sums, rotations and stored keys round in the same places, norms
 differ by at most one unit in the last place of the model's type, SiLU-mul by two.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from target.attention.base import Attend, Turn, fused_form
+from target.deltanet import GatedDeltaNet, SiluGatedNorm
 from target.errors import PlanError
 from target.layers import GatedMLP, Pieces, RMSNorm, SelfAttention, ZeroCentredNorm
 from target.pdl import pdl_on
@@ -73,6 +75,16 @@ class FusedPieces(Pieces):
             return launch_silu_mul(gate_up(x), self.pdl)
         return launch_gated(x, gate_up.weight, gate_up.bias, launched(config, self.pdl))
 
+    def delta_gates(self, b: Tensor, a: Tensor, a_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        from target.kernels.deltanet_parts import launch_gates
+
+        return launch_gates(b, a, a_log, bias, self.pdl)
+
+    def silu_gated_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        from target.kernels.deltanet_parts import launch_gated_norm
+
+        return launch_gated_norm(x, gate, weight, eps, self.pdl)
+
 
 def _norm(norm: RMSNorm, x: Tensor, more: Tensor | None, pdl: bool) -> tuple[Tensor, Tensor]:
     from target.kernels.norm import launch_norm
@@ -102,7 +114,7 @@ def fuse(*models: nn.Module | None, pdl: bool = False) -> int:
     """Give the layers of models the fused pieces, on whatever device they are; how many modules took them."""
     taken, pieces = 0, FUSED_PDL if pdl else FUSED
     for module in (module for model in models if model is not None for module in model.modules()):
-        if isinstance(module, SelfAttention | GatedMLP) or (
+        if isinstance(module, SelfAttention | GatedMLP | GatedDeltaNet | SiluGatedNorm) or (
             isinstance(module, RMSNorm) and module.weight.numel() <= LARGEST_NORM
         ):
             module.pieces = pieces

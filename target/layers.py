@@ -45,6 +45,18 @@ class Pieces:
         gate, up = gate_up(x).chunk(2, dim=-1)
         return F.silu(gate) * up  # type: ignore[no-any-return]
 
+    def delta_gates(self, b: Tensor, a: Tensor, a_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """What a gated delta rule keeps of its state and how far it corrects it: [..., heads] float32 in (0, 1).
+
+        b and a [..., heads], a_log and bias [heads] float32.
+        """
+        return (-a_log.exp() * F.softplus(a.float() + bias)).exp(), b.float().sigmoid()
+
+    def silu_gated_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight * silu(gate): x [..., heads, size] float32 -> the gate's shape and type."""
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return (weight * (x * scale).to(gate.dtype) * F.silu(gate.float())).to(gate.dtype)
+
 
 TORCH = Pieces()
 

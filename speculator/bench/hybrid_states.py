@@ -73,17 +73,20 @@ class Metered:
     """A rule that adds up the bytes of what it is given."""
 
     def __init__(self, rule: Rule) -> None:
-        self.rule, self.reads, self.rows, self.moved = rule, 0, 0, 0
+        self.rule, self.read_bytes, self.row_bytes, self.moved_bytes = rule, 0, 0, 0
+
+    def rows(self, inputs: DeltaInputs, windows: Tensor, slots: Tensor) -> tuple[Tensor, DeltaRows]:
+        return self.rule.rows(inputs, windows, slots)
 
     def read(
         self, store: Tensor, slots: Tensor, q: Tensor, rows: DeltaRows, counts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        self.reads += len(slots) * store[0].nbytes
-        self.rows += sum(part.nbytes for part in rows)
+        self.read_bytes += len(slots) * store[0].nbytes
+        self.row_bytes += sum(part.nbytes for part in rows)
         return self.rule.read(store, slots, q, rows, counts)
 
     def replay(self, store: Tensor, slots: Tensor, rows: DeltaRows, counts: Tensor) -> None:
-        self.moved += len(slots) * store[0].nbytes
+        self.moved_bytes += len(slots) * store[0].nbytes
         self.rule.replay(store, slots, rows, counts)
 
 
@@ -95,11 +98,12 @@ def metered(engine: Engine, batch: Batch, accepted: Tensor) -> Traffic:
     try:
         run = verify(engine, batch)[1]
         windows = sum(run.slots.numel() * layer[0].nbytes for layer in states.windows)
-        rows = meter.rows - sum(_window(engine, batch) for _ in states.windows)
+        rows = meter.row_bytes - sum(_window(engine, batch) for _ in states.windows)
         run.commit(accepted)
     finally:
         states.rule = before
-    return Traffic(meter.reads + windows, meter.rows, meter.moved + windows + rows, meter.moved + windows)
+    moved = meter.moved_bytes + windows
+    return Traffic(meter.read_bytes + windows, meter.row_bytes, moved + rows, moved)
 
 
 def _window(engine: Engine, batch: Batch) -> int:
@@ -144,6 +148,7 @@ def commit_seconds(engine: Engine, batch: Batch, accepted: Tensor, repeats: int)
     """Median seconds of a commit: on the device's clock, recorded, and on the host's, as an engine runs it."""
     run = verify(engine, batch)[1]
     kept = run.kept
+    assert kept is not None
 
     def commit() -> None:
         run.adopt(kept)
