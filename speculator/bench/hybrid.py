@@ -26,11 +26,13 @@ from speculator.bench.round_show import show_tables
 from speculator.bench.synthetic import HYBRIDS, hybrid_engine
 from speculator.engine import Engine
 from speculator.errors import ConfigError
-from speculator.load import SCRATCH_TOKENS
+from speculator.load import SCRATCH_TOKENS, resolve_device
 from speculator.recorded import Sizes
 from speculator.types import DraftShape
 
 MODES = ("off", "split")
+PARTS = ("times", "states")
+MOST_NAMES = 40  # kernels that a report lists
 SAYS = "synthetic: random weights, acceptance forced to {accept:g} tokens a round"
 
 
@@ -54,28 +56,41 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--queries", type=int, nargs="+", default=list(range(1, 9)), help="tokens that a pass verifies")
     p.add_argument("--context", type=int, default=512, help="tokens of each row before a pass")
     p.add_argument("--graphs", choices=MODES, default="split", help="how the passes of rounds are recorded")
-    p.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3], help="of the chains; none: no rounds")
+    p.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3], help="of the chains")
     p.add_argument("--accept", type=float, default=2.0, help="tokens that a round is forced to commit, on average")
     p.add_argument("--rounds", type=int, default=40, help="timed passes, commits and rounds of each setting")
-    p.add_argument("--state-rounds", type=int, default=2000, help="rounds whose states are compared; 0 leaves it out")
+    p.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="times of passes and rounds, bits of states"
+    )
+    p.add_argument("--state-rounds", type=int, default=2000, help="rounds whose states are compared")
     p.add_argument("--state-layers", type=int, default=4, help="layers of the target in that, 0 for all")
     p.add_argument("--json", type=Path, help="write the figures here too")
     return p
 
 
 def _check(args: argparse.Namespace) -> None:
-    if min([*args.batches, *args.queries, *args.depths, args.context, args.rounds]) < 1:
-        raise ConfigError("--batches, --queries, --depths, --context and --rounds must be at least 1.")
-    if args.depths and not 1 <= args.accept <= min(args.depths) + 1:
+    counts = [*args.batches, *args.queries, *args.depths, args.context, args.rounds, args.state_rounds]
+    if min(counts) < 1:
+        names = "--batches, --queries, --depths, --context, --rounds and --state-rounds"
+        raise ConfigError(f"{names} must be at least 1.")
+    if not 1 <= args.accept <= min(args.depths) + 1:
         raise ConfigError(f"--accept must be between 1 and {min(args.depths) + 1}, the most that every depth commits.")
-    if min(args.state_rounds, args.state_layers) < 0:
-        raise ConfigError("--state-rounds and --state-layers must not be negative.")
+    if args.state_layers < 0:
+        raise ConfigError("--state-layers must not be negative.")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole report."""
-    report = _timed(args)
-    return {**report, "states": _compared(args) if args.state_rounds else []}
+    return {
+        "bench": "hybrid",
+        "synthetic": True,
+        "says": SAYS.format(accept=args.accept),
+        "provenance": provenance(),
+        "shape": args.shape,
+        "device": str(resolve_device(args.device)),
+        **(_timed(args) if "times" in args.parts else {}),
+        "states": _compared(args) if "states" in args.parts else [],
+    }
 
 
 def _timed(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,16 +100,10 @@ def _timed(args: argparse.Namespace) -> dict[str, Any]:
     speed = bandwidth(engine.device)
     with engine.recurrent.anywhere():
         return {
-            "bench": "hybrid",
-            "synthetic": True,
-            "says": SAYS.format(accept=args.accept),
-            "provenance": provenance(),
-            "shape": args.shape,
-            "device": str(engine.device),
             "bandwidth_tb_s": round(speed / 1e12, 4),
             "passes": [row for batch in args.batches for row in _passes(engine, args, batch, speed)],
             "rounds": [_rounds(engine, args, depth, speed) for depth in args.depths],
-            "policy": [_policy(engine, args)] if args.depths else [],
+            "policy": [_policy(engine, args)],
         }
 
 
@@ -105,7 +114,7 @@ def _sets(args: argparse.Namespace, rows: int, longest: int) -> dict[str, object
         "engine.threads": args.threads,
         "engine.max_context": longest,
         "engine.kv_tokens": rows * (longest + SCRATCH_TOKENS + 64),
-        "draft.depth": max(args.depths, default=1),
+        "draft.depth": max(args.depths),
     }
 
 
@@ -136,7 +145,7 @@ def _pass(engine: Engine, args: argparse.Namespace, rows: int, queries: int, spe
         "ms": round(1e3 * seconds, 4),
         "floor_ms": round(1e3 * floor, 4),
         "of_floor": round(seconds / floor, 3),
-        "launches": _launches(lambda: states.verify(engine, batch)[0].logits, engine.device),
+        **_launches(lambda: states.said(engine, batch), engine.device),
         "commit_ms": round(1e3 * on_device, 4),
         "commit_host_ms": round(1e3 * on_host, 4),
         "state_bytes": moved,
@@ -144,11 +153,14 @@ def _pass(engine: Engine, args: argparse.Namespace, rows: int, queries: int, spe
     }
 
 
-def _launches(run: Any, device: torch.device) -> int | None:
-    """Kernels of a pass; on a CPU operations."""
+def _launches(run: Any, device: torch.device) -> dict[str, Any]:
+    """Kernels of a pass, those that take longest by name; on a CPU operations."""
     with torch.inference_mode():
         ledger = profiled(lambda: _settled(run, device), PROFILED, device)
-    return None if ledger is None else ledger.kernels
+    if ledger is None:
+        return {}
+    names = [[name[:80], count, round(us, 1)] for name, (count, us) in list(ledger.names.items())[:MOST_NAMES]]
+    return {"launches": ledger.kernels, "by_kernel": names}
 
 
 def _settled(run: Any, device: torch.device) -> None:
@@ -211,7 +223,7 @@ def _policy(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
 def _compared(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Committed states beside those of plain decoding, on a target of its own."""
     torch.manual_seed(0)
-    depth = max(args.depths, default=3)
+    depth = max(args.depths)
     longest = states.PROMPT + args.state_rounds * (depth + 1) + depth + 1
     engine = hybrid_engine(args.shape, args.device, 2, _sets(args, 2, longest), args.state_layers)
     layers = engine.model.config.num_layers
@@ -224,15 +236,16 @@ def _compared(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _show(report: dict[str, Any]) -> None:
     times = ("ms", "floor_ms", "of_floor")
+    passes = report.get("passes", [])
     tables = (
-        ("passes (synthetic)", ("rows", "queries", *times, "ratio", "launches", *COMMIT), report["passes"]),
-        ("bytes of states, all layers", ("rows", "queries", *BYTES), [_bytes(row) for row in report["passes"]]),
-        ("MTP rounds of one session (synthetic)", ("depth", "graphs", *ROUND, "error"), report["rounds"]),
-        ("the depth policy beside plain decoding (synthetic)", POLICY, report["policy"]),
+        ("passes (synthetic)", ("rows", "queries", *times, "ratio", "launches", *COMMIT), passes),
+        ("bytes of states, all layers", ("rows", "queries", *BYTES), [_bytes(row) for row in passes]),
+        ("MTP rounds of one session (synthetic)", ("depth", "graphs", *ROUND, "error"), report.get("rounds", [])),
+        ("the depth policy beside plain decoding (synthetic)", POLICY, report.get("policy", [])),
         ("committed states beside plain decoding's", ("way", "layers", "rounds", "tokens", *ENDS), report["states"]),
     )
     title = f"{report['shape']} on {report['device']}, {report['says']}"
-    show_tables(report["provenance"], title, report["bandwidth_tb_s"], tables)
+    show_tables(report["provenance"], title, report.get("bandwidth_tb_s"), tables)
 
 
 COMMIT = ("commit_ms", "commit_host_ms", "ratio_with_commit")

@@ -31,16 +31,17 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDE)
 
 
-def show_tables(provenance: Mapping[str, Any], title: str, bandwidth: float, tables: Tables) -> None:
-    """Print one shape's tables under their title; `bandwidth` in TB/s."""
+def show_tables(provenance: Mapping[str, Any], title: str, bandwidth: float | None, tables: Tables) -> None:
+    """Print one shape's tables under their title; `bandwidth` in TB/s, None where it was not measured."""
     console = _console()
     console.print(provenance)
     _show_tables(title, bandwidth, tables, console)
 
 
-def _show_tables(title: str, bandwidth: float, tables: Tables, console: Console) -> None:
+def _show_tables(title: str, bandwidth: float | None, tables: Tables, console: Console) -> None:
     console.print(f"\n[bold]{title}[/]")
-    console.print(f"copy bandwidth in this run: {bandwidth:.2f} TB/s")
+    if bandwidth is not None:
+        console.print(f"copy bandwidth in this run: {bandwidth:.2f} TB/s")
     for name, columns, rows in tables:
         if rows:
             console.print(_table(name, columns, rows))

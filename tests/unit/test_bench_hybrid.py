@@ -21,7 +21,7 @@ from speculator.errors import ConfigError
 from target.config import parse_config
 from target.states import StatePass
 
-TINY = ["--device", "cpu", "--context", "16", "--rounds", "2", "--queries", "1", "4", "--state-rounds", "0"]
+TINY = ["--device", "cpu", "--context", "16", "--rounds", "2", "--queries", "1", "4", "--state-rounds", "6"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setattr("speculator.bench.round_policy.SETTLE", 9)
     monkeypatch.setattr("speculator.bench.round_policy.ROUNDS", 8)
     path = tmp_path / "hybrid.json"
-    state = ["--state-rounds", "6"]
-    assert hybrid.main([*TINY, *state, "--batches", "1", "2", "--depths", "1", "2", "--json", str(path)]) == 0
+    assert hybrid.main([*TINY, "--batches", "1", "2", "--depths", "1", "2", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     assert [(row["rows"], row["queries"]) for row in found["passes"]] == [(1, 1), (1, 4), (2, 1), (2, 4)]
     assert all(row["as_arguments"] and row["ms"] > 0 and row["commit_ms"] > 0 for row in found["passes"])
@@ -88,6 +87,14 @@ def test_an_engine_is_as_before() -> None:
     passes = engine.passes
     committed_states(engine, WAYS[1], 3, 2)
     assert engine.passes is passes and not states_of(engine).matrices.any()
+
+
+def test_states_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference where there must be none is an exit code."""
+    assert hybrid.main([*TINY, "--parts", "states"]) == 0
+    monkeypatch.setattr(hybrid_states._Pair, "difference", lambda pair: "all of it")
+    assert hybrid.main([*TINY, "--parts", "states"]) == 1
+    assert "all of it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
