@@ -21,8 +21,10 @@ from speculator.heads.record import HeadRecord
 from speculator.load import build_engine, resolve_device
 from target.config import ModelConfig, parse_config
 from target.decoder import Decoder
+from target.deltanet import GatedDeltaNet
 
 Pair = tuple[Decoder, DraftHead]
+REMEMBERS = -5.0  # a bias with which a random gated delta rule keeps 98 % of its state from token to token
 
 LLAMA_8B: Mapping[str, Any] = dict(
     architectures=["LlamaForCausalLM"],
@@ -116,6 +118,8 @@ def _hybrid_pair(raw: Mapping[str, Any], device: torch.device) -> tuple[Decoder,
     with torch.device("meta"):
         target = Decoder(parse_config(raw))
     target = random_weights(target, dtype, device)
+    for layer in (module for module in target.modules() if isinstance(module, GatedDeltaNet)):
+        layer.dt_bias.fill_(REMEMBERS), layer.conv.normal_(0, 0.5)
     with torch.device("meta"):
         head = MtpHead(mtp_record(target.config), lend(mtp_record(target.config), target), len(target.cache_layers))
     return target, random_weights(head, dtype, device)
