@@ -198,7 +198,7 @@ def serve_command(
 ) -> list[str]:
     """A gang on this machine, with recorded passes; of `stages` times so many ranks."""
     sets = ["server.metrics_port=0", "engine.max_sessions=2", "engine.max_context=256", "graphs.rows=1",
-            "graphs.prompt_tokens=16", "parallel.silent_s=4", "parallel.stalled_s=5",
+            "graphs.prompt_tokens=16", "parallel.silent_s=4", "parallel.stalled_s=10",
             "parallel.starting_s=20", "policy.mode=off"]  # fmt: skip
     flags = ["--tensor-parallel", str(ranks), "--device", device, "--port", "0", "--threads", "1"]
     flags += ["--graphs", graphs if stages == 1 else "split", "--pipeline-parallel", str(stages)]

@@ -75,7 +75,7 @@ class LeadEngine(Engine):
         """The last order: the other ranks leave their loops, if they are still there."""
         if not self._ended:
             self._tell(Order(self._changes, (), self._digest, Kind.END))
-            self._digest = 0
+            self._digest = self._orders = 0
 
     def give_up(self, why: str) -> None:
         """A rank was lost; any thread may say so. The step under way fails when its collectives do."""

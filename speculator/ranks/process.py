@@ -200,6 +200,10 @@ class Process:
         self._children.end(PATIENCE)
         if self._watch is not None and self._watch.why:
             os._exit(1)
+        if error is None:
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(0)  # without the farewell of process groups, which waits for ranks that have gone
 
     def _say(self, error: BaseException) -> None:
         """Tell the others why; an error that a lost rank may have caused gives way to the watch's own verdict."""
