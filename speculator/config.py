@@ -83,10 +83,12 @@ class ParallelConfig:
     pipeline: int = 1  # stages that divide the layers, each of so many ranks; the last one has the draft head
     head: Literal["replicate", "shard"] = "replicate"  # the draft head whole on every rank, or divided as the target is
     silent_s: float = 10.0  # a rank without any sign of life for so long ends all
-    stalled_s: float = 120.0  # and one that is busy with the same thing for so long
+    stalled_s: float = 15.0  # and one that does not go on for so long while it serves: no layer, no collective
+    starting_s: float = 60.0  # or while it starts, where each tensor read and each shape recorded goes on
 
     def __post_init__(self) -> None:
-        _within(self, "parallel", tensor=(1, 1024), pipeline=(1, 1024), silent_s=(1, 3600), stalled_s=(1, 86400))
+        _within(self, "parallel", tensor=(1, 1024), pipeline=(1, 1024), silent_s=(1, 3600))
+        _within(self, "parallel", stalled_s=(1, 86400), starting_s=(1, 86400))
         alone = self.attention_data and self.tensor == 1
         _require(not alone, "parallel.attention_data needs ranks that share experts: set parallel.tensor to 2 or more.")
         staged = self.attention_data and self.pipeline > 1

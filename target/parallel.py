@@ -10,7 +10,8 @@ need are computed by each; latents (MLA) by all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import product
@@ -45,17 +46,28 @@ def _named(group: str) -> dist.ProcessGroup:
     return found
 
 
+Waiting = Callable[[], AbstractContextManager[None]]
+_waiting: dict[str, Waiting] = {}  # by group, as torch keeps the groups themselves: an operation knows only the name
+
+
+def in_collective(group: str) -> AbstractContextManager[None]:
+    """What every collective of a group is in while it is called, also where a recording on a CPU calls it again."""
+    return _waiting.get(group, nullcontext)()
+
+
 _gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
-    dist.all_reduce(x, group=_named(group))
+    with in_collective(group):
+        dist.all_reduce(x, group=_named(group))
     return x
 
 
 def _gather(x: Tensor, group: str, size: int) -> Tensor:
     out = x.new_empty(size, *x.shape)
-    _gather_into(out, x.contiguous()[None], group=_named(group))
+    with in_collective(group):
+        _gather_into(out, x.contiguous()[None], group=_named(group))
     return out
 
 
@@ -76,6 +88,10 @@ class Axis:
     def process_group(self) -> dist.ProcessGroup:
         """For sends from rank to rank; an axis of one rank has none."""
         return _named(self.group)
+
+    def on_collectives(self, waiting: Waiting) -> None:
+        """Call every collective of this axis inside `waiting()`."""
+        _waiting[self.group] = waiting
 
     def sum(self, x: Tensor) -> Tensor:
         """Add `x` (contiguous) up over the ranks, in place; all ranks get the same bits."""
@@ -183,6 +199,9 @@ def vocabulary_rows(vocab: int, size: int) -> int:
     return -(-vocab // size)
 
 
+PARTS = (SelfAttention, LatentAttention, GatedMLP, MoE)  # of a layer
+
+
 class ParallelDecoder(Decoder):
     """The shard of a target that one rank holds. `config` is the shard's, `whole` the target's.
 
@@ -287,7 +306,7 @@ def add_up(layers: nn.Module, axis: Axis) -> None:
     """Let every attention and MLP inside end in the sum over the ranks of an axis."""
     if axis.size == 1:
         return
-    if isinstance(layers, SelfAttention | LatentAttention | GatedMLP | MoE):
+    if isinstance(layers, PARTS):
         layers.register_forward_hook(lambda module, inputs, partial: axis.sum(partial))
         return
     for child in layers.children():

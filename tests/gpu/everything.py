@@ -30,7 +30,9 @@ LONG = (
     "test_invariant_gpu",
     "test_pdl_gpu",
 )
-ALONE = {"test_agreement_gpu": 2, "test_ranks_gpu": 2, "test_data_parallel_gpu": 2, "test_memory_gpu": 1}  # no sharing
+# no sharing
+ALONE = dict.fromkeys(("test_agreement_gpu", "test_ranks_gpu", "test_stages_gpu", "test_data_parallel_gpu"), 2)
+ALONE["test_memory_gpu"] = 1
 SPECULATOR = (sys.executable, "-m", "speculator")
 # an 8B-shaped pair on a card that its KV cache fills up to 95 %
 FULL_CARD = "--synthetic llama-8b --sessions 32 --waves 0 --memory-share 0.95 --kv-tokens 1000000000".split()
