@@ -7,6 +7,7 @@ or commits: its rounding depends on where chunks begin, so what is served runs t
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,11 +83,14 @@ def _chunked(q: Tensor, rows: DeltaRows) -> Tensor:
     unseen = later | (past[..., :, None] != past[..., None, :])
     between = (since[..., :, None] - since[..., None, :]).masked_fill(unseen, UNSEEN).exp()
     before = since.exp() * (past == 0)  # what of the state before the chunk is left at each token
-    solve = unit_lower_inverse((beta[..., None] * between * (k @ k.mT)).tril(-1))
-    own, recalled = (solve @ (beta[..., None] * part) for part in (v, before[..., None] * k))
+    alike = (beta[..., None] * between * (k @ k.mT)).tril(-1)
+    solve: Tensor = UnitLowerInverse.apply(alike)  # type: ignore[no-untyped-call]
+    solved = solve @ (beta[..., None] * torch.cat((before[..., None] * k, v), dim=-1))
+    recalled, own = solved.split_with_sizes((k.shape[-1], v.shape[-1]), dim=-1)
     until = (between[..., -1, :, None] * k).mT  # what of each token is left at the chunk's end
+    gone, added = (until @ solved).split_with_sizes((k.shape[-1], v.shape[-1]), dim=-1)
     left = before[..., -1, None, None] * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    states = _states_before(left - until @ recalled, until @ own)
+    states = _states_before(left - gone, added)
     written = own - recalled @ states
     results = before[..., None] * (q @ states) + (between * (q @ k.mT)) @ written
     return results.flatten(2, 3)[:, :, :length].transpose(1, 2)
@@ -110,6 +114,21 @@ def _chunks(x: Tensor) -> Tensor:
     missing = -x.shape[2] % CHUNK
     padding = (0, 0, 0, missing) if x.dim() == 4 else (0, missing)
     return F.pad(x, padding).unflatten(2, (-1, CHUNK))  # type: ignore[no-any-return]
+
+
+class UnitLowerInverse(torch.autograd.Function):
+    """`unit_lower_inverse` whose gradient is two products of its result, instead of all its steps backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, lower: Tensor) -> Tensor:
+        inverse = unit_lower_inverse(lower)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        turned: Tensor = ctx.saved_tensors[0].mT
+        return -(turned @ gradient @ turned).tril(-1)
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:
