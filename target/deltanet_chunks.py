@@ -6,6 +6,7 @@ or commits: its rounding depends on where chunks begin, so what is served runs t
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from target.attention.base import Attend
+from target.attention.choose import OVERRIDE
 from target.deltanet import DeltaInputs, DeltaRows, HybridAttend, convolved_rows, delta_rows, spread
+from target.products import kernels_need
 
 CHUNK = 32  # a power of two; about the size of a key keeps what is written per chunk and per pair of tokens least
 SMALL = 8  # blocks below are multiplied element by element: as matrix products they would be millions of tiny ones
@@ -63,8 +66,20 @@ def chunked_delta_rule(q: Tensor, rows: DeltaRows) -> Tensor:
 
     In float32 also under autocast: errors of a state add up over a sequence.
     """
+    if _kernel_runs(q.device, q.shape[-1], rows.v.shape[-1]):
+        return torch.ops.target_delta.chunks(q, rows.k, rows.v, rows.decay, rows.beta)[0]  # type: ignore[no-any-return]
     with torch.autocast(q.device.type, enabled=False):
         return _chunked(q, rows)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kernel_runs(device: torch.device, keys: int, values: int) -> bool:
+    """Whether the kernel can run heads of these sizes here and torch is not asked for; loads it if so."""
+    if kernels_need(device) or os.environ.get(OVERRIDE) == "torch":
+        return False
+    from target.kernels.deltanet_chunks import fits
+
+    return fits(keys, values)
 
 
 def _chunked(q: Tensor, rows: DeltaRows) -> Tensor:
