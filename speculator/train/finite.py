@@ -5,6 +5,7 @@ Must never know what is trained.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,14 +24,17 @@ def finite_loss(eager: Loss, modules: Sequence[nn.Module], inputs: tuple[Any, ..
     """
     tried: list[Loss] = [torch.compile(eager, dynamic=False)] if compiled else []
     for loss in (*tried, eager):
-        loss(*inputs)[0].backward()
+        begin = time.monotonic()
+        value = loss(*inputs)[0]
+        value.backward()
         broken = _not_finite(modules)
         for module in modules:
             module.zero_grad(set_to_none=True)
+        how, seconds = "compiled" if loss is not eager else "eager", time.monotonic() - begin
+        print(f"[{how} loss] {float(value.detach()):.4g}, first gradients after {seconds:.1f} s", flush=True)
         if not broken:
             return loss
-        how = "compiled" if loss is not eager else "eager"
-        print(f"[{how} loss] gradients are not finite: {', '.join(broken[:4])} ({len(broken)} in all)", flush=True)
+        print(f"[{how} loss] gradients are not finite: {', '.join(broken)}", flush=True)
     raise DivergedError(f"the loss has gradients that are not finite, first those of {broken[0]}")
 
 
