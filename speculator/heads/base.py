@@ -18,6 +18,7 @@ from target.cache import LayerShape
 from target.config import ModelConfig
 from target.layers import GatedMLP, RMSNorm, SelfAttention
 from target.model import Hidden
+from target.products import Linear, Multiplies
 from target.readout import Asked, Readout, Reads
 from target.rope import Rope
 
@@ -30,7 +31,7 @@ class TargetWeights(NamedTuple):
     config: ModelConfig | None = None  # for heads whose layers are of the target's own kind
 
 
-class DraftHead(Reads, nn.Module, ABC):
+class DraftHead(Reads, Multiplies, nn.Module, ABC):
     """Row t pairs the target's feature at position t with the embedding of token t + 1; its output drafts token t + 2.
 
     Shapes: R rows, T tokens, H head width, Vd draft vocabulary. `first_layer` is the number of the head's first layer
@@ -45,7 +46,7 @@ class DraftHead(Reads, nn.Module, ABC):
         self.rope = Rope(record.rope, record.head_dim)
         self.embed = nn.Embedding(record.vocab_size, record.hidden_size) if record.own_embed else None
         own = record.own_lm_head
-        self.lm_head = nn.Linear(record.hidden_size, record.draft_vocab_size, bias=False) if own else None
+        self.lm_head = Linear(record.hidden_size, record.draft_vocab_size, bias=False) if own else None
         ids = torch.arange(record.draft_vocab_size) if record.d2t else None
         self.register_buffer("target_ids", ids, persistent=False)
 
@@ -113,6 +114,8 @@ class DraftHead(Reads, nn.Module, ABC):
 
     def read(self, output: Tensor, asked: Asked) -> Readout | None:
         """What is asked about `logits(output)`, g [..., H] as N rows; None where they have to be written first."""
+        if self.reader is None:  # before anything is computed for it
+            return None
         return self.ask(self.lm_input(output), self.lm_table, nn.functional.linear, asked)
 
     @property
@@ -131,7 +134,7 @@ class DraftHead(Reads, nn.Module, ABC):
         return self.embedding_table if self.record.lm_head_is_embed else self.shared.lm_head
 
     def project(self, normed: Tensor) -> Tensor:
-        return nn.functional.linear(normed, self.lm_table)
+        return self.product(normed, self.lm_table, None)
 
 
 def head_attention(record: HeadRecord, layer: int, in_size: int) -> SelfAttention:
