@@ -114,8 +114,6 @@ class DraftHead(Reads, Multiplies, nn.Module, ABC):
 
     def read(self, output: Tensor, asked: Asked) -> Readout | None:
         """What is asked about `logits(output)`, g [..., H] as N rows; None where they have to be written first."""
-        if self.reader is None:  # before anything is computed for it
-            return None
         return self.ask(self.lm_input(output), self.lm_table, nn.functional.linear, asked)
 
     @property
