@@ -63,7 +63,7 @@ class EngineConfig:
     threads: int = 0  # CPU threads of one pass; 0 is torch's own choice
     memory_share: float = 0.9  # of a GPU that may be in use, other processes included
     invariant: bool = False  # committed tokens are the same whatever head, draft, batch or chunk they came by; slower
-    products: Literal["auto", "torch"] = "auto"  # auto: own kernels for shapes where the table says they are faster
+    products: Literal["auto", "torch"] = "auto"  # auto: kernels where the table says so, packed on a CPU
     product_table: str = ""  # file of `speculator bench skinny`; "" is the table that comes along
 
     def __post_init__(self) -> None:

@@ -145,7 +145,10 @@ class Expansion:
 
     def reading(self, outputs: Tensor, level: int, k: int, step: int = 0) -> Reading | None:
         """`read` without its arithmetic."""
-        ask = partial(self.head.stage(step).read, outputs)
+        stage = self.head.stage(step)
+        if stage.reader is None:  # before anything is made up to be asked
+            return None
+        ask = partial(stage.read, outputs)
         ids, keys = self.head.target_ids, self.start.keys
         made = None if keys is None else keys[level - 1]
         silent = made is not None or self.sampling.all_greedy  # then only the shape of positions is read

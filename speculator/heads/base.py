@@ -18,7 +18,7 @@ from target.cache import LayerShape
 from target.config import ModelConfig
 from target.layers import GatedMLP, RMSNorm, SelfAttention
 from target.model import Hidden
-from target.products import Multiplies
+from target.products import Linear, Multiplies
 from target.readout import Asked, Readout, Reads
 from target.rope import Rope
 
@@ -46,7 +46,7 @@ class DraftHead(Reads, Multiplies, nn.Module, ABC):
         self.rope = Rope(record.rope, record.head_dim)
         self.embed = nn.Embedding(record.vocab_size, record.hidden_size) if record.own_embed else None
         own = record.own_lm_head
-        self.lm_head = nn.Linear(record.hidden_size, record.draft_vocab_size, bias=False) if own else None
+        self.lm_head = Linear(record.hidden_size, record.draft_vocab_size, bias=False) if own else None
         ids = torch.arange(record.draft_vocab_size) if record.d2t else None
         self.register_buffer("target_ids", ids, persistent=False)
 
@@ -147,7 +147,7 @@ class DraftHead(Reads, Multiplies, nn.Module, ABC):
         return self.embedding_table if self.record.lm_head_is_embed else self.shared.lm_head
 
     def project(self, normed: Tensor) -> Tensor:
-        return nn.functional.linear(normed, self.lm_table)
+        return self.product(normed, self.lm_table, None)
 
 
 def head_attention(record: HeadRecord, layer: int, in_size: int) -> SelfAttention:
