@@ -64,7 +64,8 @@ def scene(rows: int, depth: int, seed: int, device: torch.device = CPU, pages: i
         "tables": ints(1, 99, count, pages), "room": ints(0, depth + 3, count), "seed": ints(-(2**62), 2**62, count),
         "limit": ints(20, 60, count).where(ints(0, 2, count) > 0, NEVER),
         "stops": ints(0, WORDS, count, MOST_STOPS).where(ints(0, 40, count, MOST_STOPS) == 0, NO_TOKEN),
-        "temperature": ints(0, 3, count) / 2.0,
+        "temperature": ints(0, 3, count) / 2.0, "top_k": ints(0, 5, count), "top_p": ints(2, 5, count) / 4,
+        "min_p": ints(0, 3, count) / 9,
     }  # fmt: skip
     for name, values in fill.items():
         state.memory[name].copy_(values)
@@ -152,7 +153,7 @@ def both(
 @given(
     rows=st.integers(1, 9),
     depth=st.integers(0, 16),
-    mode=st.sampled_from([GREEDY, NOISE]),
+    mode=st.sampled_from([GREEDY, NOISE, FILTERED]),
     seed=st.integers(0, 10**6),
 )
 def test_any_verdict_is_that_of_torch(rows: int, depth: int, mode: str, seed: int) -> None:
@@ -229,7 +230,7 @@ def played(rounds: Rounds, shape: GraphShape, fused: bool, seed: int) -> tuple[l
 
 @on_the_interpreter
 @pytest.mark.parametrize("kind", ["eagle", "own ids", "mtp"])
-@pytest.mark.parametrize("mode", [GREEDY, NOISE])
+@pytest.mark.parametrize("mode", [GREEDY, NOISE, FILTERED])
 def test_whole_rounds_say_and_leave_what_they_do_in_torch(kind: str, mode: str) -> None:
     rounds = rounds_of(kind)
     for queries, rows in ((5, 1), (5, 4), (2, 3), (1, 2)):
@@ -352,7 +353,7 @@ def test_which_rounds_the_kernels_take() -> None:
     kinds = {
         Kind(5, GREEDY, DraftShape(4), False): "ChainGlue",
         Kind(1, NOISE, DraftShape(0), True): "ChainGlue",
-        Kind(5, FILTERED, DraftShape(4), False): "TorchGlue",
+        Kind(5, FILTERED, DraftShape(4), False): "ChainGlue",
     }
     assert {kind: type(rounds._glue(kind)).__name__ for kind in kinds} == kinds
     two = rounds_of("mtp2")
