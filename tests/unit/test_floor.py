@@ -54,6 +54,17 @@ def test_floors_are_those_of_a_sort(dtype: torch.dtype, n: int, tied: bool) -> N
 
 
 @on_the_interpreter
+@pytest.mark.parametrize("top_p, floor", [(0.7, 3.0), (0.8, 2.0)])
+def test_of_values_that_tie_with_the_last_of_the_best_those_within_count_for_the_nucleus(
+    top_p: float, floor: float
+) -> None:
+    """Of 1 + e^-1, the best two, 0.7 is less than 1; of all that tie with the second it would not be."""
+    rows = RowSampling.from_params([SamplingParams(temperature=1.0, top_k=2, top_p=top_p)], CPU)
+    found, expected = floors(torch.tensor([[2.0, 1.0, 3.0, 2.0, 2.0]]).repeat(PLACES, 1), rows, 16)
+    assert found.tolist() == expected.tolist() == [[floor]] * PLACES
+
+
+@on_the_interpreter
 def test_a_row_of_nonsense_spares_the_others_and_ends() -> None:
     logits, rows = logits_of(40, torch.float32, False), sampled()
     found, expected = floors(logits, rows)
