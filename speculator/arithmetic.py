@@ -16,7 +16,7 @@ from speculator.heads.base import DraftHead
 from speculator.types import Rule
 from target.decoder import Decoder
 from target.errors import PlanError
-from target.products import Table, choose_products, fast_product, fixed_product, library
+from target.products import Table, choose_products, fast_product, fixed_product, follow, library, multiplied_weights
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,18 @@ def choose_arithmetic(config: Config, target: Decoder, head: DraftHead | None, d
         if config.engine.invariant:
             _check_invariant(config, target, device, mode)
             choose_products(target, fixed_product(device, table))
+        _say_what_follows(target, head)
     except PlanError as error:
         raise ConfigError(str(error)) from None
+
+
+def _say_what_follows(target: Decoder, head: DraftHead | None) -> None:
+    """A round multiplies with the target's weights, then the head's, and with those once more for each token."""
+    steps = [] if head is None else multiplied_weights(head)
+    follow(target.product, [*multiplied_weights(target), target.head_weight, *steps[:1]])
+    if head is not None:  # EAGLE-3's fc takes true features only
+        again = steps[1:] if head.record.kind == "eagle3" and head.record.fc else steps
+        follow(head.product, [*steps, head.lm_table, *again[:1]])
 
 
 def _say_where_it_holds(config: Config, table: Table, device: torch.device) -> None:

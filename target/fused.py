@@ -22,7 +22,17 @@ from target.attention.base import Attend, Turn, fused_form
 from target.errors import PlanError
 from target.layers import GatedMLP, Pieces, RMSNorm, SelfAttention, ZeroCentredNorm
 from target.pdl import pdl_on
-from target.products import TUNED_TYPES, Config, FastProduct, FixedProduct, Linear, kernels_need, launched, library
+from target.products import (
+    TUNED_TYPES,
+    Config,
+    FastProduct,
+    FixedProduct,
+    Linear,
+    behind,
+    kernels_need,
+    launched,
+    library,
+)
 from target.rope import Rope
 
 OVERRIDE = "SPECULATOR_FUSED"  # on or off; on where it is not set
@@ -68,10 +78,12 @@ class FusedPieces(Pieces):
         from target.kernels.silu import launch_gated, launch_silu_mul
 
         assert isinstance(gate_up, Linear)
-        config = gated_config(gate_up, x.numel() // x.shape[-1])
+        rows = x.numel() // x.shape[-1]
+        config = gated_config(gate_up, rows)
         if config is None:
             return launch_silu_mul(gate_up(x), self.pdl)
-        return launch_gated(x, gate_up.weight, gate_up.bias, launched(config, self.pdl))
+        after = behind(gate_up.product, gate_up.weight, rows)
+        return launch_gated(x, gate_up.weight, gate_up.bias, launched(config, self.pdl), after)
 
 
 def _norm(norm: RMSNorm, x: Tensor, more: Tensor | None, pdl: bool) -> tuple[Tensor, Tensor]:

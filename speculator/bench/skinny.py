@@ -37,7 +37,10 @@ from target.products import LIBRARY, MOST_BLOCKS, TILES, Config, default_config,
 
 # N x K of the merged weights of a layer (qkv, o, gate_up, down) and of the lm_head
 MODELS: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "llama-3.1-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
+    "llama-3.1-8b": (
+        *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
+        *((6144, 8192), (4096, 12288)),  # of its EAGLE-3 head: qkv and fc
+    ),
     "qwen3-8b": ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096)),
     "llama-3.2-1b": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)),
     "llama-3.1-70b-rank": ((2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168), (32064, 8192)),

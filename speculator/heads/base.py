@@ -18,6 +18,7 @@ from target.cache import LayerShape
 from target.config import ModelConfig
 from target.layers import GatedMLP, RMSNorm, SelfAttention
 from target.model import Hidden
+from target.products import Multiplies
 from target.readout import Asked, Readout, Reads
 from target.rope import Rope
 
@@ -30,7 +31,7 @@ class TargetWeights(NamedTuple):
     config: ModelConfig | None = None  # for heads whose layers are of the target's own kind
 
 
-class DraftHead(Reads, nn.Module, ABC):
+class DraftHead(Reads, Multiplies, nn.Module, ABC):
     """Row t pairs the target's feature at position t with the embedding of token t + 1; its output drafts token t + 2.
 
     Shapes: R rows, T tokens, H head width, Vd draft vocabulary. `first_layer` is the number of the head's first layer
@@ -113,7 +114,7 @@ class DraftHead(Reads, nn.Module, ABC):
 
     def read(self, output: Tensor, asked: Asked) -> Readout | None:
         """What is asked about `logits(output)`, g [..., H] as N rows; None where they have to be written first."""
-        return self.ask(self.lm_input(output), self.lm_table, nn.functional.linear, asked)
+        return self.ask(self.lm_input(output), self.lm_table, self.product, asked)
 
     @property
     def embedding_table(self) -> Tensor:

@@ -14,6 +14,7 @@ from speculator.heads.base import DraftHead, PlainLayer, TargetWeights
 from speculator.heads.record import HeadRecord
 from target.attention.base import Attend
 from target.layers import RMSNorm
+from target.products import Linear
 
 
 class EagleHead(DraftHead):
@@ -25,7 +26,7 @@ class EagleHead(DraftHead):
 
     def __init__(self, record: HeadRecord, shared: TargetWeights, first_layer: int) -> None:
         super().__init__(record, shared, first_layer)
-        self.fc = nn.Linear(record.hidden_size + record.target_hidden_size, record.hidden_size, bias=record.fc_bias)
+        self.fc = Linear(record.hidden_size + record.target_hidden_size, record.hidden_size, bias=record.fc_bias)
         self.layers = nn.ModuleList(
             PlainLayer(record, first_layer + i, input_norm=i > 0 or record.fused_norm) for i in range(record.num_layers)
         )

@@ -13,6 +13,7 @@ from speculator.heads.base import DraftHead, PlainLayer, TargetWeights, head_att
 from speculator.heads.record import HeadRecord
 from target.attention.base import Attend
 from target.layers import GatedMLP, RMSNorm
+from target.products import Linear
 
 
 class WideLayer(nn.Module):
@@ -44,7 +45,7 @@ class Eagle3Head(DraftHead):
     def __init__(self, record: HeadRecord, shared: TargetWeights, first_layer: int) -> None:
         super().__init__(record, shared, first_layer)
         r = record
-        self.fc = nn.Linear(r.feature_size, r.hidden_size, bias=r.fc_bias) if r.fc else None
+        self.fc = Linear(r.feature_size, r.hidden_size, bias=r.fc_bias) if r.fc else None
         self.fc_input_norm = RMSNorm(r.feature_size, r.norm_eps) if r.norm_before_fc else None
         chunks = len(r.boundaries) if r.fc_norm else 0
         self.fc_norms = nn.ModuleList(RMSNorm(r.target_hidden_size, r.norm_eps) for _ in range(chunks))

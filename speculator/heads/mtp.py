@@ -17,6 +17,7 @@ from target.attention.base import Attend
 from target.cache import LayerShape
 from target.config import ModelConfig
 from target.decoder import DecoderLayer, cache_layer_shape, decoder_norm, decoder_rope
+from target.products import Linear
 
 
 class MtpHead(DraftHead):
@@ -31,7 +32,7 @@ class MtpHead(DraftHead):
         config = _config(shared)
         self.rope = decoder_rope(replace(config, rope=record.rope))
         self.embedding_norm, self.hidden_norm, self.norm = (decoder_norm(config) for _ in range(3))
-        self.eh_proj = nn.Linear(2 * record.hidden_size, record.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * record.hidden_size, record.hidden_size, bias=False)
         self.layer = DecoderLayer(config, _number(config, first_layer), first_layer)
         self.later = nn.ModuleList(
             MtpHead(replace(record, modules=1), shared, first_layer + i) for i in range(1, record.modules)

@@ -1,15 +1,23 @@
 """Which attention backend a model's layers run on.
 
-Owns: the choice. Must never know passes or batches.
+Owns: the choice. Must never know passes or batches. Prompt chunks go to FlashAttention where a build is there that can
+read the cache: FlashAttention-3 that SPECULATOR_FLASH3 names, else the package flash_attn. Rounds stay with our
+kernels, chains too, until a measurement says otherwise.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import cache as once
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from target.attention.flash import FlashAttention2, FlashAttention3
 from target.attention.mla import MlaAttention
 from target.attention.sdpa import SdpaAttention
 from target.cache import PagedCache
@@ -17,7 +25,13 @@ from target.config import ModelConfig
 from target.errors import PlanError
 from target.products import kernels_need
 
-OVERRIDE = "SPECULATOR_ATTENTION"  # auto, torch or triton; torch is the oracle of the others
+if TYPE_CHECKING:  # it needs triton
+    from target.attention.prompts import FlashPrompts
+    from target.attention.triton import TritonAttention
+
+OVERRIDE = "SPECULATOR_ATTENTION"  # auto, torch or triton; torch is the oracle of the others, triton ours alone
+
+log = logging.getLogger(__name__)
 
 
 def attention_for(config: ModelConfig, cache: PagedCache, backend: str | None = None) -> Any:
@@ -42,7 +56,40 @@ def grouped_attention(cache: PagedCache, backend: str | None = None) -> Any:
         return SdpaAttention(cache)
     from target.attention.triton import TritonAttention
 
-    return TritonAttention(cache)
+    ours = TritonAttention(cache)
+    return ours if name == "triton" else _with_flash(ours)
+
+
+def _with_flash(ours: TritonAttention) -> TritonAttention | FlashPrompts:
+    """Prompt chunks by the first FlashAttention that can serve them."""
+    from target.attention.prompts import FlashPrompts
+
+    reasons = []
+    for kind in _flashes():
+        try:
+            flash = kind(ours.cache)
+        except PlanError as why:
+            reasons.append(str(why))
+            continue
+        _say(logging.INFO, f"prompt chunks attend by {flash.name}, rounds by our kernels")
+        return FlashPrompts(ours, flash)
+    level = logging.WARNING if reasons else logging.INFO
+    _say(level, "prompt chunks attend by our kernels: " + ("; ".join(reasons) or "no build of FlashAttention is here"))
+    return ours
+
+
+def _flashes() -> Iterator[Callable[[PagedCache], FlashAttention3 | FlashAttention2]]:
+    """What somebody named or installed."""
+    if os.environ.get("SPECULATOR_FLASH3"):
+        yield partial(FlashAttention3, splits=1)
+    if find_spec("flash_attn") is not None:
+        yield FlashAttention2
+
+
+@once
+def _say(level: int, line: str) -> None:
+    """Once, however many engines and trial engines there are."""
+    log.log(level, line)
 
 
 def _named(backend: str | None) -> str:

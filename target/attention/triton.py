@@ -2,8 +2,8 @@
 
 Owns: the hand-over from a batch to launches. Must never know models or drafting. Every launch reads the batch's live
 lengths, page tables and masks on the device, so a plan holds nothing that could go stale and may be recorded and
-replayed at any length up to `longest`. Passes of up to 64 queries split long rows; longer ones (prompt chunks) run the
-same kernel in one split, cut at the diagonal.
+replayed at any length up to `longest`. Passes of up to 64 queries split long rows, and a program takes as many of the
+splits as the number of rows allows; longer ones (prompt chunks) run the same kernel in one split, cut at the diagonal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TritonAttention(FusedAttention):
     """`plan` and `run` over the paged cache; neither reads the host. Padding gives zeros and is not stored.
 
     What lies in slots that no valid query of a row sees cannot reach the results, not even NaN. A row's result has the
-    same bits whatever the other rows of the batch are, and however loose `longest` is.
+    same bits whatever the other rows of the batch are, and however many they are or loose `longest` is.
     """
 
     def __init__(self, cache: PagedCache, config: kernels.Config | None = None, pdl: bool | None = None) -> None:
@@ -50,11 +50,15 @@ class TritonAttention(FusedAttention):
 
     def run(self, plan: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q [R, T, heads, dim], k and v [R, T, kv_heads, dim] -> [R, T, heads, dim]."""
+        plan = _side_by_side(plan)
+        self.store(plan, layer, q, k, v)
+        return self.attend(plan, layer, q, window)
+
+    def store(self, plan: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """What `run` does before it attends."""
         store = self.cache.layers[layer]
         _check(store, layer, q, k.shape[2:])
-        plan = _side_by_side(plan)
-        kernels.launch_store(plan, k, v, store, self.cache.page_size, self._pdl)
-        return self.attend(plan, layer, q, window)
+        kernels.launch_store(_side_by_side(plan), k, v, store, self.cache.page_size, self._pdl)
 
     def attend(self, plan: Batch, layer: int, q: Tensor, window: int | None) -> Tensor:
         """`run` over keys and values that are already stored."""
@@ -66,16 +70,24 @@ class TritonAttention(FusedAttention):
 
     def run_fused(self, plan: Batch, layer: int, qkv: Tensor, turn: Turn, window: int | None) -> Tensor:
         """`run` over a qkv product; one kernel up to 64 queries, and one more before it for longer passes."""
-        store, plan = self.cache.layers[layer], _side_by_side(plan)
-        kv_heads, page_size = store.shape[2], self.cache.page_size
-        _check(store, layer, qkv[:, :, : -2 * kv_heads], store.shape[2:])
-        qkv, queries = kernels.packed(qkv), qkv.shape[1]
-        if queries > kernels.SPLIT_QUERIES:
-            return self.attend(plan, layer, launch_rope_write(plan, qkv, turn, store, page_size, self._pdl), window)
-        config = self._pick(store, queries, qkv.shape[2] - 2 * kv_heads)
+        if qkv.shape[1] > kernels.SPLIT_QUERIES:
+            return self.attend(plan, layer, self.turn_and_store(plan, layer, qkv, turn), window)
+        store, plan, qkv = self._fused(plan, layer, qkv)
+        config = self._pick(store, qkv.shape[1], qkv.shape[2] - 2 * store.shape[2])
         return kernels.launch_attend(
-            plan, qkv, store, page_size, window, config, self._arrived, turn, self._pdl
+            plan, qkv, store, self.cache.page_size, window, config, self._arrived, turn, self._pdl
         )  # fmt: skip
+
+    def turn_and_store(self, plan: Batch, layer: int, qkv: Tensor, turn: Turn) -> Tensor:
+        """What `run_fused` does before it attends in a long pass: the queries [R, T, heads, dim]."""
+        store, plan, qkv = self._fused(plan, layer, qkv)
+        return launch_rope_write(plan, qkv, turn, store, self.cache.page_size, self._pdl)
+
+    def _fused(self, plan: Batch, layer: int, qkv: Tensor) -> tuple[Tensor, Batch, Tensor]:
+        """Storage of a layer, batch and product as kernels take them."""
+        store = self.cache.layers[layer]
+        _check(store, layer, qkv[:, :, : -2 * store.shape[2]], store.shape[2:])
+        return store, _side_by_side(plan), kernels.packed(qkv)
 
     def _pick(self, store: Tensor, queries: int, heads: int) -> kernels.Config:
         return self._config or kernels.pick(queries, heads, *store.shape[2:], store.dtype, store.device)

@@ -120,6 +120,36 @@ def test_a_row_has_the_same_bits_whoever_else_is_there(
         assert torch.equal(run(Scene(s.cache, alone, s.q[one], s.k[one], s.v[one]), window)[0], together[r])
 
 
+@pytest.mark.parametrize("queries", [1, 8, 33, 64])
+@pytest.mark.parametrize(("tree", "window"), [(False, None), (True, None), (False, 300), (True, 300)])
+@pytest.mark.parametrize("dtype", TWO)
+def test_the_same_bits_whichever_program_takes_a_split(
+    queries: int, tree: bool, window: int | None, dtype: torch.dtype
+) -> None:
+    """Spans of 1, 2, 3, 4, 8 and 16 splits, joined in registers, by the last program and by a kernel of its own."""
+    s = scene([5000, 3, 700, 64, 0], [queries, queries, 1, queries, 0], **{**LLAMA, "dtype": dtype}, tree=tree)
+    apart = run(s, window, splits=16, shortest=1, parts=64, joined=0)
+    close(apart, oracle(s, window))
+    for parts in (64, 8, 6, 4, 2, 1):
+        for more in (dict(joined=0), dict(joined=2, run=1 << 20), dict(joined=2, run=1024)):
+            assert torch.equal(run(s, window, splits=16, shortest=1, parts=parts, **more), apart), (parts, more)
+
+
+@pytest.mark.parametrize("queries", [1, 8, 33, 64])
+def test_a_full_device_and_a_lone_row_give_the_same_bits(queries: int) -> None:
+    """As many rows as leave each a single program, beside one of them with a program for every split."""
+    contexts = [700, 20, 1500, 64] * 16
+    s = scene(contexts, [queries] * 64, **LLAMA)
+    together = run(s)
+    for r in (0, 1, 2, 63):
+        one, b = slice(r, r + 1), s.batch
+        alone = Batch(
+            b.tokens[one], b.positions[one], b.context[one], b.counts[one], b.pages[one],
+            longest=contexts[r] + queries, static=True,
+        )  # fmt: skip
+        assert torch.equal(run(Scene(s.cache, alone, s.q[one], s.k[one], s.v[one]))[0], together[r])
+
+
 def test_what_lies_below_every_window_is_not_read() -> None:
     s = scene([3000, 170], [3, 2], **LLAMA)
     expected = run(s, 100)
@@ -132,7 +162,8 @@ def test_what_lies_below_every_window_is_not_read() -> None:
 def test_the_choice_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from target.attention.triton import TritonAttention
 
-    monkeypatch.delenv("SPECULATOR_ATTENTION", raising=False)
+    for name in ("SPECULATOR_ATTENTION", "SPECULATOR_FLASH3"):
+        monkeypatch.delenv(name, raising=False)
     cache = PagedCache([[LayerShape(1, 80, 1)], [LayerShape(2, 64)]], 4, 16, torch.bfloat16, "cuda")
     assert isinstance(grouped_attention(cache), TritonAttention)  # a head over the cache of a target with latents
     assert isinstance(grouped_attention(cache, "torch"), SdpaAttention)

@@ -302,8 +302,81 @@ def test_configurations_depend_on_shapes_alone() -> None:
 
     half = torch.float16, torch.device("cpu")
     assert [pick(t, 32, 8, 128, *half).rows for t in (1, 4, 8, 16, 64)] == [16, 16, 32, 64, 128]
+    assert [pick(t, 32, 8, 128, *half).rows for t in (32, 33, 48, 49, 97)] == [128, 64, 64, 128, 128]
     assert pick(65, 32, 8, 128, *half).splits == 1
-    assert [splits_of(n) for n in (1, 2, 3, 8, 16, 32, 1000)] == [64, 64, 32, 16, 8, 4, 4]
+    assert [splits_of(n) for n in (1, 2, 3, 8, 16, 32, 1000)] == [64, 64, 42, 16, 8, 4, 4]
+
+
+# ---- programs that take several splits ----
+
+FINE = dict(splits=8, shortest=1)  # of 16 blocks of 32 tokens and more: splits of several blocks
+CUTS = {4: 0, 3: 2, 2: 2, 1: 0}  # programs a row: spans of 2, 3, 4 and 8; and in how many stages the last one joins
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("window", [None, 150])
+def test_the_same_bits_whichever_program_takes_a_split(tree: bool, window: int | None) -> None:
+    """Joined in registers, by the last program of a row or by a kernel of its own."""
+    s = scene([510, 3, 0, 130], [3, 1, 0, 2], tree=tree, heads=4, kv_heads=1)
+    expected = oracle(s, window)
+    apart = run(s, window, **FINE, parts=8, joined=0)
+    close(apart, expected)
+    for parts, joined in CUTS.items():
+        assert torch.equal(run(s, window, **FINE, parts=parts, joined=joined), apart)
+
+
+@on_the_interpreter
+def test_a_row_far_longer_than_the_others_is_shared() -> None:
+    """By programs that take 128 tokens each; of short rows one takes all. The last joins, whatever the tile."""
+    s = scene([510, 70, 30], [2, 1, 2])
+    assert torch.equal(run(s, **FINE, parts=1, run=128), run(s, **FINE, parts=8, joined=0))
+
+
+@on_the_interpreter
+def test_a_batch_that_fills_the_device_leaves_no_partial_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything launched to join them; the bits are those of a row with programs for all of its splits."""
+    from target.kernels import gqa
+
+    s = scene([300, 5, 290], [2, 1, 2])
+    one = run(s, parts=64)
+    shapes: list[tuple[int, ...]] = []
+    empty = torch.empty
+
+    def noted(*sizes: int, **options: Any) -> Tensor:
+        shapes.append(sizes)
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(gqa, "room", lambda device, resident, others: 264 // (others * 30))
+    monkeypatch.setattr(gqa, "combine_kernel", None)
+    monkeypatch.setattr(torch, "empty", noted)
+    assert torch.equal(run(s, parts=1), one)
+    assert torch.equal(run(s), one)
+    assert shapes == [tuple(s.q.shape)] * 2
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("longest", [1, 64, 700, 5000])
+@pytest.mark.parametrize("parts", [1, 2, 5, 64])
+def test_the_host_bounds_what_rows_ask_for(longest: int, parts: int) -> None:
+    from target.kernels.gqa_splits import _runs, cut
+
+    for splits, shortest, most in ((16, 2, 2048), (5, 1, 256), (1, 2, 2048)):
+        way = cut(longest, 64, splits, shortest, most, parts)
+        runs = [_runs(blocks, splits, shortest, parts, most // 64) for blocks in range(1, -(-longest // 64) + 1)]
+        assert max(runs) <= way.programs <= way.bound <= splits
+        if parts < way.bound:
+            assert max(runs) == way.programs
+    assert cut(5000, 64, 16, 2, 2048, 1).programs == 3 and cut(2048, 64, 16, 2, 2048, 1).programs == 1
+
+
+@on_the_interpreter
+def test_how_many_programs_fill_a_device() -> None:
+    from target.kernels.gqa_splits import room
+
+    device = torch.device("cpu")
+    assert [room(device, 2, others) for others in (0, 1, 8, 64, 100, 256, 1000)] == [264, 264, 33, 4, 2, 1, 1]
+    assert room(device, 1, 64) == 2
 
 
 # ---- wrong input ----
