@@ -6,6 +6,7 @@ code or recordings. `round_glue.TorchGlue` is the oracle.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,24 +14,25 @@ from torch import Tensor
 from speculator.heads.base import DraftHead
 from speculator.kernels.chain import launch_begin, launch_judge, launch_note, launch_settle
 from speculator.passes import EagerPasses, Verified
+from speculator.readout import kept
 from speculator.round_glue import Glue, Kind, Memory, TorchGlue
 from speculator.round_state import EVERY, FILTERED, GREEDY
 from speculator.round_tree import TreeGlue
 from speculator.sampling import gumbel_of
 from target.attention.base import Attention, bind
 from target.batch import Batch
-from target.readout import Asked, Readout, read_logits
+from target.readout import Asked, Keep, Readout, read_logits
 
 
 def fused_glue(memory: Memory, kind: Kind) -> Glue:
-    """The kernels, or torch's operations where these do not serve: filters, all rules, heads of several modules."""
-    if kind.mode in (FILTERED, EVERY) or memory.lookback:
+    """The kernels, or torch's operations where these do not serve: all rules, heads of several modules."""
+    if kind.mode == EVERY or memory.lookback:
         return TorchGlue(memory, kind)
     return ChainGlue(memory, kind) if kind.drafted.is_chain else TreeGlue(memory, kind)
 
 
 class ChainGlue:
-    """`Glue` of chains that are drawn without filters, and of rounds without drafts."""
+    """`Glue` of chains, and of rounds without drafts."""
 
     def __init__(self, memory: Memory, kind: Kind) -> None:
         self.memory, self.kind, rows = memory, kind, memory.rows
@@ -41,10 +43,13 @@ class ChainGlue:
         noise = self.kind.mode != GREEDY
         self.begun = launch_begin(orders, self.state, self.memory.state.spare, self.kind.queries, noise)
         self.batch = self.begun.batch._replace(longest=self.memory.capacity)
+        if self.kind.mode == FILTERED:
+            self.filters = self.memory.state.sampling(self.begun.whole[0, : len(orders)], FILTERED)
         return self.batch
 
     def judge(self, verified: Verified) -> None:
-        asked = Asked(temperature=self.begun.temperature, keys=self.begun.keys)
+        begun = self.begun
+        asked = Asked(temperature=begun.temperature, keys=begun.keys, keep=self._keep(begun.tokens.shape))
         found = verified.read(asked)
         if found is None:
             found = _written(verified.logits, asked)
@@ -79,7 +84,8 @@ class ChainGlue:
         judged = self.judged
         keys = None if judged.keys is None else judged.keys[level - 1]
         # only the values' own total is needed, which is that of the logits where all rows are greedy
-        return Asked(temperature=judged.temperature, keys=keys, ids=head.target_ids, ranked=keys is not None)
+        asked = Asked(temperature=judged.temperature, keys=keys, ids=head.target_ids, ranked=keys is not None)
+        return asked._replace(keep=self._keep(self.output.shape[:2]))
 
     def _draw(self, head: DraftHead, output: Tensor, found: Readout | None, level: int) -> Tensor:
         """The tokens [R, 1] after outputs [R, 1, H], about which that was found, noted."""
@@ -87,6 +93,10 @@ class ChainGlue:
             found = _written(head.logits(output), self._asked(head, level))
         judged = self.judged
         return launch_note(found, head.target_ids, level, self.begun, judged, self.state["tokens"], self.depth)
+
+    def _keep(self, places: Sequence[int]) -> Keep | None:
+        """What the rows' filters keep at R x T places."""
+        return kept(self.filters, places) if self.kind.mode == FILTERED else None
 
     def result(self) -> Tensor:
         return self.judged.result

@@ -31,7 +31,7 @@ from target.errors import PlanError
 from target.layers import GatedMLP, SelfAttention
 from target.moe import MoE
 from target.products import Linear
-from target.readout import Asked, Noise, Readout, read_logits
+from target.readout import Asked, Keep, Noise, Readout, read_logits
 
 TENSOR = "tensor"
 
@@ -228,7 +228,7 @@ class ParallelDecoder(Decoder):
         """Each rank answers for its own rows of the vocabulary, and a few numbers of each are gathered."""
         rows, first = self.head_weight.shape[0], self.axis.rank * self.head_weight.shape[0]
         fewest = self.whole.vocab_size - (self.axis.size - 1) * rows
-        if asked.best > fewest or (asked.keep is not None and 2 * asked.keep.width > rows):
+        if asked.best > fewest or (asked.keep is not None and not 0 < 2 * asked.keep.width <= rows):
             return None
         mine = min(rows, self.whole.vocab_size - first)  # padding is no token
         ids = asked.ids
@@ -238,16 +238,22 @@ class ParallelDecoder(Decoder):
         return None if found is None else merge(found._replace(columns=found.columns + first), self.axis)
 
     def _read_own(self, final: Tensor, weight: Tensor, asked: Asked) -> Readout | None:
+        if asked.keep is not None:
+            asked = asked._replace(keep=self._of_all(asked.keep))
         found = self.ask(final, weight, self.product, asked)
         if found is not None or (asked.keys is not None and self.noise is None):
             return found
         logits = self.product(final.flatten(0, -2), weight, None)
-        return read_logits(logits, asked, self.noise or _no_noise, self._best_of_all)
+        return read_logits(logits, asked, self.noise or _no_noise)
 
-    def _best_of_all(self, own: Tensor) -> Tensor:
-        """The best values [N, K] of all ranks' columns from the best of each rank's."""
-        found = self.axis.gather(own).movedim(0, 1).flatten(1)
-        return found.topk(own.shape[1], dim=1).values
+    def _of_all(self, keep: Keep) -> Keep:
+        """A filter that hears each rank's own best values and judges by the best of all."""
+
+        def floor(own: Tensor) -> Tensor:
+            found = self.axis.gather(own).movedim(0, 1).flatten(1)
+            return keep.floor(found.topk(own.shape[1], dim=1).values)
+
+        return Keep(keep.width, floor)
 
     def table(self, shard: Tensor) -> Tensor:
         """The whole of a table over the vocabulary of which each rank holds a `shard`."""

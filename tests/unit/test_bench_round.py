@@ -198,6 +198,8 @@ def test_long_plays_stay_in_their_pages() -> None:
         ("gated_kernel", PRODUCTS),
         ("read_kernel", PRODUCTS),
         ("merge_kernel", SAMPLING),
+        ("written_kernel", SAMPLING),
+        ("floor_kernel", SAMPLING),
         ("judge_tree_kernel", SAMPLING),
         ("split_kernel", ATTENTION),
         ("combine_kernel", ATTENTION),

@@ -75,6 +75,9 @@ def scene(rows: int, depth: int, seed: int, device: torch.device = CPU, pages: i
     orders = torch.tensor([_order(dice, row, depth, state.spare) for row in dice.sample(range(count - 1), rows)])
     logits = ints(-3, 4, rows, depth + 1, WORDS).float()
     logits[ints(0, 30, rows, depth + 1) == 0, 0] = float("nan")
+    filters = {"top_k": ints(0, 5, count), "top_p": ints(2, 5, count) / 4, "min_p": ints(0, 3, count) / 9}
+    for name, values in filters.items():
+        state.memory[name].copy_(values)
     return Scene(Memory(state, kept, None, None, 999), orders.to(device), logits.to(device))  # type: ignore[arg-type]
 
 
@@ -153,7 +156,7 @@ def both(
 @given(
     rows=st.integers(1, 9),
     depth=st.integers(0, 16),
-    mode=st.sampled_from([GREEDY, NOISE]),
+    mode=st.sampled_from([GREEDY, NOISE, FILTERED]),
     seed=st.integers(0, 10**6),
 )
 def test_any_verdict_is_that_of_torch(rows: int, depth: int, mode: str, seed: int) -> None:
@@ -231,7 +234,7 @@ def played(rounds: Rounds, shape: GraphShape, fused: bool, seed: int) -> tuple[l
 
 @on_the_interpreter
 @pytest.mark.parametrize("kind", ["eagle", "own ids", "mtp"])
-@pytest.mark.parametrize("mode", [GREEDY, NOISE])
+@pytest.mark.parametrize("mode", [GREEDY, NOISE, FILTERED])
 def test_whole_rounds_say_and_leave_what_they_do_in_torch(kind: str, mode: str) -> None:
     rounds = rounds_of(kind)
     for queries, rows in ((5, 1), (5, 4), (2, 3), (1, 2)):
@@ -388,7 +391,7 @@ def test_which_rounds_the_kernels_take() -> None:
     kinds = {
         Kind(5, GREEDY, DraftShape(4), False): "ChainGlue",
         Kind(1, NOISE, DraftShape(0), True): "ChainGlue",
-        Kind(5, FILTERED, DraftShape(4), False): "TorchGlue",
+        Kind(5, FILTERED, DraftShape(4), False): "ChainGlue",
     }
     assert {kind: type(rounds._glue(kind)).__name__ for kind in kinds} == kinds
     two = rounds_of("mtp2")
