@@ -1,4 +1,4 @@
-"""Training on a CUDA device: losses that survive compilation, and the chunk kernel of gated deltas beside torch."""
+"""Training on a CUDA device: losses compiled and recorded, and the chunk kernel of gated deltas beside torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from importlib.util import find_spec
 import pytest
 import torch
 from test_deltanet_chunks_kernel import rule, song
+from test_train_recording import Pair
+from test_train_recording import some_rows as toy_rows
 
 from speculator.train.finite import finite_loss
 from speculator.train.head import Rows, head_loss
 from speculator.train.model import new_head, new_target, target_config
 from speculator.train.pretrain import language_loss
 from speculator.train.recipe import bundled_recipe, load_recipe
+from speculator.train.recording import RecordedLoss, record_cuda
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +34,7 @@ def some_rows() -> Rows:
 
 
 @pytest.mark.parametrize("name", ["toy-moe", "toy-hybrid"])
-def test_joint_losses_survive_compilation(name: str) -> None:
+def test_joint_losses_survive_being_fast(name: str) -> None:
     """Otherwise training falls back to eager passes, at half the speed."""
     recipe = load_recipe(bundled_recipe(name))
     model = new_target(target_config(recipe.target, 512), seed=1).cuda()
@@ -47,6 +50,23 @@ def test_joint_losses_survive_compilation(name: str) -> None:
     chosen = finite_loss(loss, (model, head), (some_rows(),), compiled=True)
     assert chosen is not loss
     torch.testing.assert_close(chosen(some_rows())[0], loss(some_rows())[0], rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["toy", "toy-moe", "toy-hybrid"])
+def test_a_recorded_loss_has_the_gradients_of_the_eager_one_while_parameters_move(name: str) -> None:
+    pair = Pair(name, "cuda")
+    inputs = (Rows(*(part.cuda() for part in toy_rows(0))), pair.acceptance)
+    recorded = RecordedLoss(pair.joint, pair.modules, inputs, record_cuda)
+    for seed in (1, 2, 3):
+        pair.step()  # what gates counted so far is forgotten
+        found, gradients, counts = pair.backward(recorded, seed), pair.take_gradients(), pair.counts()
+        wanted = pair.backward(pair.joint, seed)
+        torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.01)
+        torch.testing.assert_close(pair.counts(), [2 * count for count in counts], rtol=0, atol=2)  # near ties may turn
+        parameters = {key: p for module in pair.modules for key, p in module.named_parameters()}
+        assert gradients.keys() == {key for key, p in parameters.items() if p.grad is not None}
+        for key, gradient in gradients.items():
+            assert (gradient - parameters[key].grad).norm() <= 0.01 * gradient.norm(), key
 
 
 @pytest.mark.parametrize("name", ["square", "wide values", "one head"])
