@@ -17,7 +17,7 @@ from speculator.types import Rule
 from target.decoder import Decoder
 from target.errors import PlanError
 from target.packed import pack_products
-from target.products import Table, choose_products, fast_product, fixed_product, follow, library, multiplied_weights
+from target.products import Table, choose_products, fast_product, fixed_product, library
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +43,8 @@ def choose_arithmetic(config: Config, target: Decoder, head: DraftHead | None, d
             choose_products(target, fixed_product(device, table))
         elif packs:
             pack_products(target, target.head_weight)
-        _say_what_follows(target, head)
     except PlanError as error:
         raise ConfigError(str(error)) from None
-
-
-def _say_what_follows(target: Decoder, head: DraftHead | None) -> None:
-    """A round multiplies with the target's weights, then the head's, and with those once more for each token."""
-    steps = [] if head is None else [each for each in multiplied_weights(head) if each is not head.lm_table]
-    follow(target.product, [*multiplied_weights(target), target.head_weight, *steps[:1]])
-    if head is not None:  # EAGLE-3's fc takes true features only
-        again = steps[1:] if head.record.kind == "eagle3" and head.record.fc else steps
-        follow(head.product, [*steps, head.lm_table, *again[:1]])
 
 
 def _say_where_it_holds(config: Config, table: Table, device: torch.device) -> None:

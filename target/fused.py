@@ -26,17 +26,7 @@ from target.errors import PlanError
 from target.gated import GatedAttention
 from target.layers import Attends, GatedMLP, Pieces, RMSNorm, SelfAttention, ZeroCentredNorm
 from target.pdl import pdl_on
-from target.products import (
-    TUNED_TYPES,
-    Config,
-    FastProduct,
-    FixedProduct,
-    Linear,
-    behind,
-    kernels_need,
-    launched,
-    library,
-)
+from target.products import TUNED_TYPES, Config, FastProduct, FixedProduct, Linear, kernels_need, launched, library
 from target.rope import Rope
 
 OVERRIDE = "SPECULATOR_FUSED"  # on or off; on where it is not set
@@ -82,12 +72,10 @@ class FusedPieces(Pieces):
         from target.kernels.silu import launch_gated, launch_silu_mul
 
         assert isinstance(gate_up, Linear)
-        rows = x.numel() // x.shape[-1]
-        config = gated_config(gate_up, rows)
+        config = gated_config(gate_up, x.numel() // x.shape[-1])
         if config is None:
             return launch_silu_mul(gate_up(x), self.pdl)
-        after = behind(gate_up.product, gate_up.weight, rows)
-        return launch_gated(x, gate_up.weight, gate_up.bias, launched(config, self.pdl), after)
+        return launch_gated(x, gate_up.weight, gate_up.bias, launched(config, self.pdl))
 
     def delta_gates(self, b: Tensor, a: Tensor, a_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         from target.kernels.deltanet_parts import launch_gates

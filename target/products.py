@@ -8,12 +8,10 @@ rows, and the one of fixed order, whose rows have the same bits whatever shares 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import resources
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +30,6 @@ TUNED_TYPES = (torch.bfloat16, torch.float16)
 ABOUT_SMS = 120  # programs that keep a large device's memory busy
 SHORTEST_RUN = 512  # of K, by default
 MOST_RUNS = 8
-FETCH = "SPECULATOR_FETCH"
-FETCHED = 16 << 20  # bytes: what the memory of an H200 delivers between two products
-MOST_FETCHED = 1 << 10
 MOST_BLOCKS = 1 << 12  # of columns and rows, whose runs are added by the last of them; of more, by a second launch
 
 
@@ -139,76 +134,32 @@ def default_config(n: int, k: int) -> Config:
 # ---- products ----
 
 
-class Behind(NamedTuple):
-    """The weights that are multiplied with next, of which a product has the first ones fetched while it ends."""
+class FastProduct:
+    """What the table measured to be fastest; torch's own product elsewhere and for everything else.
 
-    weight: Tensor  # [N, K]
-    runs: int  # of K, at the beginning of each of which programs start
-    size: int  # bytes in all
-
-
-class Tuned:
-    """A product by the table. `arrived`, zeros [MOST_BLOCKS] int32 of the device, is for products of one stream, one
-    after the other."""
+    `arrived`, zeros [MOST_BLOCKS] int32 of the device, is for products of one stream, one after the other.
+    """
 
     def __init__(self, table: Table, arrived: Tensor | None = None) -> None:
-        self.table, self.arrived, self._fetched = table, arrived, fetched_ahead()
-        self._next: dict[int, Tensor] = {}
-
-    def follow(self, weights: Sequence[Tensor]) -> None:
-        """Weights in the order in which a pass multiplies with them; further orders may go on from any of them."""
-        self._next |= {a.data_ptr(): b for a, b in pairwise(weights) if a is not b}
-
-    def behind(self, weight: Tensor, rows: int) -> Behind | None:
-        """What comes after a weight in a pass of so many rows."""
-        found = self._next.get(weight.data_ptr())
-        if found is None or found.dtype != weight.dtype or not found.is_contiguous():
-            return None
-        config = self._config(found, rows)
-        return Behind(found, 1 if config is None else config.split, self._fetched)
-
-    def _config(self, weight: Tensor, rows: int) -> Config | None:
-        raise NotImplementedError
-
-
-class FastProduct(Tuned):
-    """What the table measured to be fastest; torch's own product elsewhere and for everything else."""
+        self.table, self.arrived = table, arrived
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        config = self._config(weight, rows)
+        rows, (n, k) = x.numel() // x.shape[-1], weight.shape
+        config = self.table.fast(n, k, rows)
         if config is None or weight.dtype not in TUNED_TYPES or not weight.is_contiguous():
             return F.linear(x, weight, bias)
-        return _multiply(x, weight, bias, config, self.arrived, self.behind(weight, rows))
-
-    def _config(self, weight: Tensor, rows: int) -> Config | None:
-        return self.table.fast(weight.shape[0], weight.shape[1], rows)
+        return _multiply(x, weight, bias, config, self.arrived)
 
 
-class FixedProduct(Tuned):
+class FixedProduct:
     """One order of summation for a shape of weights: a row's bits depend on nothing that shares the call."""
 
+    def __init__(self, table: Table, arrived: Tensor | None = None) -> None:
+        self.table, self.arrived = table, arrived
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        return _multiply(x, weight, bias, self._config(weight, rows), self.arrived, self.behind(weight, rows))
-
-    def _config(self, weight: Tensor, rows: int) -> Config:
-        return self.table.fixed(weight.shape[0], weight.shape[1])
-
-
-def behind(product: Product, weight: Tensor, rows: int) -> Behind | None:
-    """What a product knows of what comes after a weight."""
-    return product.behind(weight, rows) if isinstance(product, Tuned) else None
-
-
-def fetched_ahead() -> int:
-    """Bytes of the next weights that a product has fetched: SPECULATOR_FETCH, in MiB. PlanError for another word."""
-    asked = os.environ.get(FETCH, "")
-    if not asked:
-        return FETCHED
-    if not asked.isdecimal() or int(asked) > MOST_FETCHED:
-        raise PlanError(f"{FETCH} is MiB of weights, 0 to {MOST_FETCHED}, not {asked!r}")
-    return int(asked) << 20
+        n, k = weight.shape
+        return _multiply(x, weight, bias, self.table.fixed(n, k), self.arrived)
 
 
 def library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -222,14 +173,12 @@ def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat(rows).view(*x.shape[:-1], weight.shape[0]) if rows else F.linear(x, weight, bias)
 
 
-def _multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, arrived: Tensor | None, after: Behind | None
-) -> Tensor:  # fmt: skip
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, arrived: Tensor | None) -> Tensor:
     from target.kernels.skinny import multiply
 
     flat = x.flatten(0, -2) if x.dim() != 2 else x
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    return multiply(flat, weight, bias, config, arrived, after).view(*x.shape[:-1], weight.shape[0])
+    return multiply(flat, weight, bias, config, arrived).view(*x.shape[:-1], weight.shape[0])
 
 
 # ---- the seam ----
@@ -274,17 +223,6 @@ def fixed_product(device: torch.device, table: Table | None = None) -> Product:
 
 def _none_arrived(device: torch.device) -> Tensor:
     return torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
-
-
-def follow(product: Product, weights: Sequence[Tensor]) -> None:
-    """Tell a product of the table in which order a pass multiplies with weights; see `Tuned.follow`."""
-    if isinstance(product, Tuned):
-        product.follow(weights)
-
-
-def multiplied_weights(model: nn.Module) -> list[Tensor]:
-    """The weights of a model's products in the order of its modules."""
-    return [module.weight for module in model.modules() if isinstance(module, Linear)]
 
 
 def in_fixed_order(model: object) -> bool:

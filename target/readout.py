@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from target.fused import fused_on
 from target.pdl import pdl_on
-from target.products import TUNED_TYPES, Config, FixedProduct, Product, behind
+from target.products import TUNED_TYPES, Config, FixedProduct, Product
 
 MOST = 16  # best tokens of a row that can be asked for
 ROWS = 64  # with more, one pass over the weights no longer pays for all of them
@@ -150,9 +150,7 @@ def read_by_kernel(x: Tensor, weight: Tensor, product: Product, asked: Asked) ->
         return read_written(product(x, weight, None), asked)
     from target.kernels.lm_head import launch_read
 
-    return launch_read(
-        x if x.stride(-1) == 1 else x.contiguous(), weight, asked, config, behind(product, weight, len(x))
-    )
+    return launch_read(x if x.stride(-1) == 1 else x.contiguous(), weight, asked, config)
 
 
 def read_written(logits: Tensor, asked: Asked) -> Readout:

@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from target.kernels.dependent import ask_behind, ask_for, asking, dependent, last_block, part_of, release, settled, wait
+from target.kernels.dependent import ask_for, asking, dependent, release, settled, wait
 from target.kernels.skinny import _descriptor, _room, fitted, tile_of
-from target.products import Behind, Config
+from target.products import Config
 from target.readout import Asked, Readout
 
 WRITTEN = 2048  # written logits that a program reads
@@ -160,12 +160,6 @@ def read_kernel(
     TMA: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
-    next_ptr,  # weights of the product after this one, as [NEXT_ROWS, NEXT_RUN]
-    NEXT_ROWS: tl.constexpr,
-    NEXT_RUN: tl.constexpr,
-    NEXT_BYTES: tl.constexpr,
-    NEXT_EACH: tl.constexpr,
-    NEXT_PAD: tl.constexpr,
 ):
     """What a block of the vocabulary says to a tile of rows."""
     block, blocks = tl.program_id(1), tl.num_programs(1)
@@ -177,11 +171,8 @@ def read_kernel(
     acc = tl.zeros([BLOCK_N, TILE], tl.float32)
     ask_for(w_at, line < N, 0, K, AHEAD, PDL)
     wait(PDL)
-    last, asks = last_block(0, K, BLOCK_K, STAGES), tl.program_id(0) == 0
-    part = part_of(block, blocks)
     for begin in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        release(begin, last, PDL)
-        ask_behind((begin == last) & asks, part, next_ptr, NEXT_ROWS, NEXT_RUN, NEXT_BYTES, NEXT_EACH, NEXT_PAD)
+        release(begin, K - STAGES * BLOCK_K, PDL)
         column = begin + tl.arange(0, BLOCK_K)
         if TMA:
             w = w_blocks.load([start, begin])
@@ -287,11 +278,10 @@ def merge_kernel(
         taken += mine.to(tl.int32)
 
 
-def launch_read(x: Tensor, weight: Tensor, asked: Asked, config: Config, behind: Behind | None = None) -> Readout:
+def launch_read(x: Tensor, weight: Tensor, asked: Asked, config: Config) -> Readout:
     """What `asked` of the logits x W^T: x [N, H], rows any distance apart, weight [V, H] of its type -> Readout.
 
-    `config.split` must be 1; fewer of its stages are taken where shared memory is short. `behind` is fetched while
-    this ends.
+    `config.split` must be 1; fewer of its stages are taken where shared memory is short.
     """
     rows, (n, k) = x.shape[0], weight.shape
     tile = min(tile_of(rows), LARGEST_TILE)
@@ -305,7 +295,7 @@ def launch_read(x: Tensor, weight: Tensor, asked: Asked, config: Config, behind:
         x, weight, weight if w_blocks is None else w_blocks, *inputs, *parts, rows, x.stride(0),
         N=n, K=k, BEST=asked.best, BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILE=tile, STAGES=config.stages,
         **kinds, TMA=w_blocks is not None, num_warps=config.warps,
-        **asking(config, config.block_n, parts.blocks, x, behind),
+        **asking(config, config.block_n, x),
     )  # fmt: skip
     return _merged(parts, asked, 8, dependent(config.pdl, x))
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from target.kernels.dependent import ask_behind, ask_for, asking, dependent, last_block, part_of, release, settled, wait
+from target.kernels.dependent import ask_for, asking, dependent, release, settled, wait
 from target.kernels.skinny import _descriptor, _room, tile_of
-from target.products import Behind, Config
+from target.products import Config
 
 WIDTH = 1024
 LARGEST_TILE = 64  # rows of x; more of them take several tiles, each of which streams the weights
@@ -82,12 +82,6 @@ def gated_kernel(
     TMA: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
-    next_ptr,  # weights of the product after this one, as [NEXT_ROWS, NEXT_RUN]
-    NEXT_ROWS: tl.constexpr,
-    NEXT_RUN: tl.constexpr,
-    NEXT_BYTES: tl.constexpr,
-    NEXT_EACH: tl.constexpr,
-    NEXT_PAD: tl.constexpr,
 ):
     """The weights are the left operand, so that a row of x is one column of an accumulator."""
     start = tl.program_id(1) * BLOCK_N
@@ -99,11 +93,8 @@ def gated_kernel(
     ask_for(w_at, line < INNER, 0, K, AHEAD, PDL)
     ask_for(w_at + INNER * K, line < INNER, 0, K, AHEAD, PDL)
     wait(PDL)
-    last, asks = last_block(0, K, BLOCK_K, STAGES), tl.program_id(0) == 0
-    part = part_of(tl.program_id(1), tl.num_programs(1))
     for block in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        release(block, last, PDL)
-        ask_behind((block == last) & asks, part, next_ptr, NEXT_ROWS, NEXT_RUN, NEXT_BYTES, NEXT_EACH, NEXT_PAD)
+        release(block, K - STAGES * BLOCK_K, PDL)
         column = block + tl.arange(0, BLOCK_K)
         if TMA:
             gate_w, up_w = w_blocks.load([start, block]), w_blocks.load([INNER + start, block])
@@ -125,13 +116,10 @@ def gated_kernel(
     tl.store(at, out.to(dtype), mask=(line < INNER)[:, None] & (row < rows)[None, :])
 
 
-def launch_gated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, behind: Behind | None = None
-) -> Tensor:  # fmt: skip
+def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config) -> Tensor:
     """silu(gate) * up of the product x W^T + b: x [..., K], weight [2 * inner, K], bias [2 * inner] -> [..., inner].
 
-    `config.split` must be 1; fewer of its stages are taken where shared memory is short. `behind` is fetched while
-    this ends.
+    `config.split` must be 1; fewer of its stages are taken where shared memory is short.
     """
     inner, k = weight.shape[0] // 2, weight.shape[1]
     rows = x.flatten(0, -2)
@@ -140,12 +128,11 @@ def launch_gated(
     out = torch.empty(*x.shape[:-1], inner, dtype=x.dtype, device=x.device)
     blocks = _descriptor(weight, config)
     if rows.shape[0]:
-        programs = triton.cdiv(inner, config.block_n)
-        gated_kernel[(triton.cdiv(rows.shape[0], tile), programs)](
+        gated_kernel[(triton.cdiv(rows.shape[0], tile), triton.cdiv(inner, config.block_n))](
             rows, weight, weight if blocks is None else blocks, weight if bias is None else bias, out, rows.shape[0],
             rows.stride(0), INNER=inner, K=k, BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILE=tile,
             STAGES=_stages(config, tile, x), BIAS=bias is not None, TMA=blocks is not None, num_warps=config.warps,
-            **asking(config, 2 * config.block_n, programs, x, behind),
+            **asking(config, 2 * config.block_n, x),
         )  # fmt: skip
     return out
 

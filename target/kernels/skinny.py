@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from target.kernels.dependent import ask_behind, ask_for, asking, dependent, last_block, part_of, release, settled, wait
-from target.products import Behind, Config
+from target.kernels.dependent import ask_for, asking, dependent, release, settled, wait
+from target.products import Config
 
 LARGEST_TILE = 128  # rows of x; more of them take several tiles, each of which streams the weights
 LONGEST_BLOCK = 256  # of K: what a box of the copy engine holds, and every run of K is a multiple of it
@@ -72,12 +72,6 @@ def product_kernel(
     JOINED: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
-    next_ptr,  # weights of the product after this one, as [NEXT_ROWS, NEXT_RUN]
-    NEXT_ROWS: tl.constexpr,
-    NEXT_RUN: tl.constexpr,
-    NEXT_BYTES: tl.constexpr,
-    NEXT_EACH: tl.constexpr,
-    NEXT_PAD: tl.constexpr,
 ):
     """The programs of one block of weights lie side by side, so that further tiles find it in the L2 cache."""
     first, start, run = tl.program_id(0) * TILE, tl.program_id(1) * BLOCK_N, tl.program_id(2)
@@ -90,11 +84,8 @@ def product_kernel(
     begin, end = run * SHARE, tl.minimum((run + 1) * SHARE, K)
     ask_for(w_row, line < N, begin, end, AHEAD, PDL)
     wait(PDL)  # the launch before this one makes x, but not the weights
-    last = last_block(begin, end, BLOCK_K, STAGES)
-    part = part_of(tl.program_id(1) * SPLIT + run, tl.num_programs(1) * SPLIT)
     for block in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        release(block, last, PDL)
-        ask_behind((block == last) & (first == 0), part, next_ptr, NEXT_ROWS, NEXT_RUN, NEXT_BYTES, NEXT_EACH, NEXT_PAD)
+        release(block, end - STAGES * BLOCK_K, PDL)
         column = block + tl.arange(0, BLOCK_K)
         if TMA:
             w = w_blocks.load([start, block])
@@ -165,14 +156,13 @@ def fitted(config: Config, tile: int, itemsize: int, room: int) -> Config:
 
 
 def multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, arrived: Tensor | None = None,
-    behind: Behind | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, arrived: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     """x [M, K], weight [N, K], bias [N] of one type -> x W^T + b [M, N] of that type, summed in float32.
 
     Rows of x may lie any distance apart; everything else is contiguous. The bits of a result's row follow from its row
     of x, the weights, N, K and `config.order` alone. `arrived` are zeros [many] int32 that nobody else uses at the
-    time; without enough of them a second launch adds the runs of K. `behind` is fetched while this ends.
+    time; without enough of them a second launch adds the runs of K.
     """
     rows, (n, k) = x.shape[0], weight.shape
     tile = tile_of(rows)
@@ -191,7 +181,7 @@ def multiply(
         x.stride(0), N=n, K=k,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILE=tile, SPLIT=split, STAGES=config.stages,
         BIAS=bias is not None, TMA=blocks is not None, JOINED=joined, num_warps=config.warps,
-        **asking(config, config.block_n, grid[1] * split, x, behind),
+        **asking(config, config.block_n, x),
     )  # fmt: skip
     if split > 1 and not joined:
         sum_kernel[(triton.cdiv(n, SUM_BLOCK), rows)](

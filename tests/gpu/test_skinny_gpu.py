@@ -12,7 +12,6 @@ from torch import Tensor
 from target.products import (
     MOST_BLOCKS,
     TILES,
-    Behind,
     Config,
     FastProduct,
     FixedProduct,
@@ -21,7 +20,6 @@ from target.products import (
     fast_product,
     fixed_product,
 )
-from target.readout import Asked
 
 pytestmark = [
     pytest.mark.gpu,
@@ -181,23 +179,6 @@ def test_recorded_launches_replay_new_values(pdl: bool) -> None:
         replayed = out.clone()
         assert torch.equal(replayed, chain()) and replayed.isfinite().all()
     assert product(x, weight, None).shape == (8, 1024)
-
-
-@pytest.mark.parametrize("rows", [1, 8, 64, 130])
-def test_what_is_fetched_for_the_next_product_changes_no_bit(rows: int) -> None:
-    from target.kernels.lm_head import launch_read
-    from target.kernels.silu import launch_gated
-    from target.kernels.skinny import multiply
-
-    x, weight, bias = inputs(rows, 4096, 2048, torch.bfloat16)
-    for shape, runs in (((6144, 4096), 1), ((4096, 14336), 2), ((50, 64), 1), ((128256, 256), 1)):
-        after = Behind(torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16), runs, 16 << 20)
-        for config in (Config(32, 256), Config(64, 128, 2, pdl=True), Config(64, 64, 4, joined=True)):
-            assert torch.equal(multiply(x, weight, bias, config, None, after), multiply(x, weight, bias, config))
-        one = Config(64, 128, stages=3)
-        assert torch.equal(launch_gated(x, weight, bias, one, after), launch_gated(x, weight, bias, one))
-        plain, beside = launch_read(x, weight, Asked(best=4), one), launch_read(x, weight, Asked(best=4), one, after)
-        assert torch.equal(plain.columns, beside.columns) and torch.equal(plain.total, beside.total)
 
 
 def test_another_device_than_the_tables_is_served_by_torch() -> None:

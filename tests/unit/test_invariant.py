@@ -21,7 +21,7 @@ from speculator.invariant import SEEDED, Setting, certify, first_difference, pla
 from speculator.types import DraftShape
 from target.batch import Batch, causal_positions
 from target.decoder import Decoder
-from target.products import FastProduct, Table, behind, choose_products, in_fixed_order, library, row_by_row
+from target.products import choose_products, in_fixed_order, library, row_by_row
 from tests.unit.engines import tiny_engine, tiny_head, tiny_target
 
 CPU = torch.device("cpu")
@@ -237,26 +237,3 @@ def test_without_the_mode_nothing_is_refused_and_torch_multiplies() -> None:
     target = tiny_target()
     choose_arithmetic(load(None, ["sampling.rule=rejection"]), target, None, CPU, "split")
     assert target.product is F.linear and not in_fixed_order(target)
-
-
-@pytest.mark.parametrize("kind", ["eagle3", "eagle"])
-def test_products_are_told_what_a_round_multiplies_with_next(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Target, head, and the head again for every further token: from its vocabulary matrix back to its first layer."""
-    monkeypatch.setattr("speculator.arithmetic.fast_product", lambda device, table: FastProduct(Table.none()))
-    target = tiny_target()
-    head = tiny_head(target, kind)
-    choose_arithmetic(load(None, []), target, head, CPU, "off")
-    weights, seen = [target.layers[0].attention.qkv.weight], []
-    while len(seen) <= 99 and (after := behind(target.product, weights[-1], 1)) is not None:
-        weights.append(after.weight)
-        if any(after.weight is earlier for earlier in seen):
-            break
-        seen.append(after.weight)
-    parts = [(a.attention.qkv, a.attention.o, a.mlp.gate_up, a.mlp.down) for a in target.layers]
-    layers = [module.weight for modules in parts for module in modules]
-    assert [id(weight) for weight in weights[: len(layers)]] == [id(weight) for weight in layers]
-    assert weights[len(layers)] is target.head_weight
-    after = behind(target.product, head.lm_table, 1)
-    assert after is not None and after.weight is (
-        head.fc.weight if kind == "eagle" else head.layers[0].attention.qkv.weight
-    )  # type: ignore[index,union-attr]

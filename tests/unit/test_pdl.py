@@ -21,17 +21,7 @@ from target.decoder import Decoder, cache_layer_shape
 from target.errors import PlanError
 from target.fused import FUSED, FUSED_PDL, fuse, fuse_where_possible
 from target.layers import RMSNorm
-from target.products import (
-    Behind,
-    Config,
-    Entry,
-    FastProduct,
-    FixedProduct,
-    Table,
-    choose_products,
-    fixed_product,
-    launched,
-)
+from target.products import Config, Entry, FastProduct, FixedProduct, Table, choose_products, fixed_product, launched
 from target.readout import Asked
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -110,8 +100,7 @@ def test_how_far_weights_are_asked_for() -> None:
 
     assert columns_ahead(64, 32, 2) == 1024 and columns_ahead(64, 16, 2) == 2048 and columns_ahead(63, 32, 2) == 512
     assert columns_ahead(0, 32, 2) == 0 and columns_ahead(1, 32, 2) == 0 and columns_ahead(2, 32, 2) == 32
-    on_a_cpu = asking(OURS, 32, 1, torch.zeros(1), Behind(torch.zeros(64, 64), 1, 1 << 20))
-    assert (on_a_cpu["AHEAD"], on_a_cpu["PDL"], on_a_cpu["NEXT_BYTES"]) == (0, False, 0)
+    assert asking(OURS, 32, torch.zeros(1)) == {"AHEAD": 0, "PDL": False}  # on a CPU nothing changes
 
 
 # ---- what is launched, compiled ----
@@ -204,8 +193,7 @@ def check(launch: Launch) -> None:
     touched = TOUCHES.findall(before)
     assert all(each.startswith("ld.") for each in touched) if launch.name in LOADS_WEIGHTS else not touched, launch.name
     assert ("prefetch.global.L2" in before) == (launch.name in ASKS), launch.name
-    assert TOUCHES.search(after) and "prefetch.global" not in after, launch.name
-    assert not re.search(r"\bret;", before), launch.name
+    assert TOUCHES.search(after) and "prefetch" not in after and not re.search(r"\bret;", before), launch.name
 
 
 def a_layer(queries: int, product: Any, pieces: Any) -> None:

@@ -18,14 +18,11 @@ from torch import Tensor, nn
 from target.decoder import Decoder
 from target.errors import PlanError
 from target.products import (
-    FETCH,
-    Behind,
     Config,
     FastProduct,
     FixedProduct,
     Linear,
     Table,
-    behind,
     choose_products,
     default_config,
     fast_product,
@@ -201,12 +198,10 @@ def instructions(config: Config, tile: int) -> set[str]:
         arrived_ptr="*i32",
         rows="i32",
         x_row="i32",
-        next_ptr="*bf16",
     )
     constants = dict(
         N=512, K=2048, BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILE=tile, SPLIT=config.split,
         STAGES=config.stages, BIAS=False, TMA=True, JOINED=False, AHEAD=0, PDL=config.pdl,
-        NEXT_ROWS=0, NEXT_RUN=0, NEXT_BYTES=0, NEXT_EACH=0, NEXT_PAD=1,
     )  # fmt: skip
     names = product_kernel.arg_names
     source = ASTSource(
@@ -307,47 +302,6 @@ def test_types_that_were_not_measured_are_torchs_to_the_bit(tmp_path: Path) -> N
     table = Table.read(written(tmp_path / "t.json", [SHAPE]))
     x, weight, bias = inputs(5, 96, 64)
     assert torch.equal(FastProduct(table)(x, weight, bias), F.linear(x, weight, bias))
-
-
-def test_a_product_knows_what_comes_after_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FETCH, "3")
-    product = FastProduct(Table.read(written(tmp_path / "t.json", [SHAPE])))
-    first, second, third = (torch.zeros(n, 64) for n in (96, 96, 32))
-    product.follow([first, second, second, third])
-    product.follow([third, first])
-    found = [behind(product, weight, 20) for weight in (first, second, third)]
-    assert [after and (after.weight, after.runs, after.size) for after in found] == [
-        (second, 1, 3 << 20), (third, 1, 3 << 20), (first, 1, 3 << 20),
-    ]  # fmt: skip
-    assert behind(product, torch.zeros(96, 64), 20) is None and behind(F.linear, first, 20) is None
-    fixed = FixedProduct(product.table)
-    fixed.follow([third, first])
-    after = behind(fixed, third, 20)
-    assert after is not None and after.runs == 2  # where its programs begin: SHAPE has a split of 2
-    product.follow([third, first.bfloat16()])
-    assert behind(product, third, 20) is None  # another type is another model's
-
-
-@pytest.mark.parametrize("word", ["much", "-1", "1.5", "9999"])
-def test_a_wrong_amount_to_fetch_is_one_sentence(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FETCH, word)
-    with pytest.raises(PlanError, match=f"{FETCH} is MiB of weights, 0 to 1024, not '{word}'"):
-        FastProduct(Table.none())
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("runs", [1, 2])
-def test_the_last_programs_ask_for_all_rows_of_the_next_weights(runs: int) -> None:
-    from target.kernels.dependent import _requests
-
-    rows, run, size = _requests(Behind(torch.zeros(6144, 4096, dtype=torch.bfloat16), runs, 16 << 20))
-    assert (
-        (rows, run) == (6144 * runs, 4096 // runs)
-        and size % 64 == 0
-        and (16 << 20) - rows * 64 < rows * size <= 16 << 20
-    )
-    assert _requests(Behind(torch.zeros(64, 128, dtype=torch.bfloat16), 1, 16 << 20)) == (64, 128, 256)  # all of it
-    assert _requests(Behind(torch.zeros(64, 100, dtype=torch.bfloat16), 1, 16 << 20))[2] == 0  # lines end anywhere
 
 
 @on_the_interpreter
