@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -204,6 +205,18 @@ def test_strangers_are_not_ranks() -> None:
         stranger.start()
         assert "did not come" in gang.told.wait()  # type: ignore[attr-defined]
         stranger.end()
+
+
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"\xff\n"])
+def test_whoever_speaks_otherwise_is_hung_up_on_and_the_watch_goes_on(said: bytes) -> None:
+    with hub(2) as gang:
+        member, (host, port) = join(gang, 1), gang.address.split(":")
+        with socket.create_connection((host, int(port)), timeout=5.0) as stranger:
+            stranger.sendall(said)
+            assert stranger.recv(1) == b""
+        member._line.close()
+        assert gang.told.wait().startswith("rank 1 of 2 died")  # type: ignore[attr-defined]
+        member.end()
 
 
 def test_without_rank_0_the_others_end() -> None:
