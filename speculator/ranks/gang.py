@@ -249,13 +249,17 @@ class Hub(Watch):
         return f"rank {rank} of {self.size} stalled {self._where(rank)}: no sign of life for {silence:.0f} s"
 
     def _hung(self, now: float) -> str:
-        """The ranks that others wait for in vain: who work and do not go on, or, if none works, who are behind."""
+        """The ranks that others wait for in vain: who work and do not go on, or, if none works, who are behind.
+
+        One that rests after the last step is done with it.
+        """
         beats = {0: self.pulse.beat}
         beats |= {rank: beat._replace(seconds=beat.seconds + now - at) for rank, (beat, at) in self._beats.items()}
         late = {rank: beat for rank, beat in beats.items() if beat.seconds > self._patience}
         blamed = {rank: beat for rank, beat in late.items() if beat.state == State.WORKS}
         if not blamed and len(late) == self.size and any(beat.state == State.WAITS for beat in late.values()):
-            blamed = late
+            last = max(beat.step for beat in late.values())
+            blamed = {rank: beat for rank, beat in late.items() if beat.state == State.WAITS or beat.step < last}
         return self._stalled(blamed) if blamed else ""
 
     def _stalled(self, blamed: dict[int, Beat]) -> str:

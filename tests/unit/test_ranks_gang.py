@@ -116,6 +116,10 @@ def waits(pulse: Pulse, stack: ExitStack) -> None:
     stack.enter_context(pulse.waiting())
 
 
+def rests(pulse: Pulse, stack: ExitStack) -> None:
+    pulse.rest("waiting for work")
+
+
 @pytest.mark.parametrize(
     ("acts", "named"),
     [
@@ -124,8 +128,10 @@ def waits(pulse: Pulse, stack: ExitStack) -> None:
         ([(3, waits), (2, None), (3, None)], "rank 1 of 3 stalled in step 2: no progress for"),
         ([(3, waits), (3, waits), (2, waits)], "rank 2 of 3 stalled in step 2: no progress for"),
         ([(2, waits), (2, waits), (2, waits)], "ranks 0, 1, 2 of 3 stalled in step 2: no progress for"),
+        ([(2, waits), (2, rests), (2, waits)], "ranks 0, 2 of 3 stalled in step 2: no progress for"),
+        ([(2, waits), (1, rests), (2, waits)], "rank 1 of 3 stalled in waiting for work: no progress for"),
     ],
-    ids=["one works", "rank 0 works", "one is behind", "one waits elsewhere", "all wait"],
+    ids=["one works", "rank 0 works", "one is behind", "one waits elsewhere", "all wait", "one is done", "one is deaf"],
 )
 def test_the_rank_that_others_wait_for_is_the_one_that_hangs(acts: list[tuple[int, Any]], named: str) -> None:
     with hub(3) as gang, ExitStack() as stack:
