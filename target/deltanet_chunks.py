@@ -64,7 +64,7 @@ def _packed_conv(inputs: DeltaInputs, documents: Tensor) -> Tensor:
 def chunked_delta_rule(q: Tensor, rows: DeltaRows) -> Tensor:
     """Results [R, T, value_heads, value_dim] of sequences that begin with the pass; q [R, T, key_heads, key_dim].
 
-    In float32 also under autocast: errors of a state add up over a sequence.
+    In float32 also under autocast, since errors of a state add up over a sequence; the kernel's products round to TF32.
     """
     if _kernel_runs(q.device, q.shape[-1], rows.v.shape[-1]):
         return torch.ops.target_delta.chunks(q, rows.k, rows.v, rows.decay, rows.beta)[0]  # type: ignore[no-any-return]

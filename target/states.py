@@ -115,11 +115,6 @@ class StateCache:
         self.rule.replay(self.matrices.flatten(0, 1), places, rows, counts)
         self.windows.flatten(0, 1).index_copy_(0, places, window_after(rows.window, counts, self.kernel))
 
-    def copy(self, source: Tensor, destination: Tensor) -> None:
-        """Copy slots [N] int64 to others; all are read before any is written."""
-        for store in (self.windows, self.matrices):
-            store.index_copy_(1, destination, store.index_select(1, source))
-
 
 class StatePass:
     """One pass of R rows over the committed states of `slots` [R] int64, which it reads and does not write.

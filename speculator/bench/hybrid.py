@@ -192,7 +192,7 @@ def _rounds(engine: Engine, args: argparse.Namespace, depth: int, speed: float) 
     except GraphError as error:
         return {**about, "error": str(error)}
     seconds, token = statistics.median(played.seconds), statistics.median(plain)
-    floor = round_bytes(engine, shape, 1, played.context) / speed
+    floor = (round_bytes(engine, shape, 1, played.context) + _traffic(engine, 1, 1)["in_all"]["pass_reads"]) / speed
     return {
         **about,
         "ms": round(1e3 * seconds, 4),

@@ -51,7 +51,7 @@ class Line:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[Message] | None:
-        """What has arrived; None when the other end is gone."""
+        """What has arrived; None when the other end is gone, or is no rank: anybody may have found the address."""
         try:
             data = self.socket.recv(65536)
         except TimeoutError:
@@ -62,11 +62,22 @@ class Line:
             return None
         self.heard = time.monotonic()
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            return [_message(line) for line in lines]
+        except ValueError:
+            return None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.socket.close()
+
+
+def _message(line: bytes) -> Message:
+    """ValueError for what no rank says."""
+    said = json.loads(line)
+    if not isinstance(said, dict):
+        raise ValueError(f"no message: {line!r}")
+    return said
 
 
 class Watch(ABC):
@@ -111,8 +122,8 @@ class Watch(ABC):
         with self._lock:
             if self._ended.is_set():
                 return
+            self.why = why  # before the watch's own thread sees the end: it would call it one in order
             self._ended.set()
-        self.why = why
         self._announce(why)
         self._told(why)
 
@@ -238,13 +249,17 @@ class Hub(Watch):
         return f"rank {rank} of {self.size} stalled {self._where(rank)}: no sign of life for {silence:.0f} s"
 
     def _hung(self, now: float) -> str:
-        """The ranks that others wait for in vain: who work and do not go on, or, if none works, who are behind."""
+        """The ranks that others wait for in vain: who work and do not go on, or, if none works, who are behind.
+
+        One that rests after the last step is done with it.
+        """
         beats = {0: self.pulse.beat}
         beats |= {rank: beat._replace(seconds=beat.seconds + now - at) for rank, (beat, at) in self._beats.items()}
         late = {rank: beat for rank, beat in beats.items() if beat.seconds > self._patience}
         blamed = {rank: beat for rank, beat in late.items() if beat.state == State.WORKS}
         if not blamed and len(late) == self.size and any(beat.state == State.WAITS for beat in late.values()):
-            blamed = late
+            last = max(beat.step for beat in late.values())
+            blamed = {rank: beat for rank, beat in late.items() if beat.state == State.WAITS or beat.step < last}
         return self._stalled(blamed) if blamed else ""
 
     def _stalled(self, blamed: dict[int, Beat]) -> str:

@@ -36,6 +36,7 @@ def identity(config: Config, device: torch.device) -> dict[str, str]:
     found |= {"model.dtype": config.model.dtype, "model.head_overrides": dict(overrides)}
     found |= {"device": device_kind(device), "torch": torch.__version__}
     found |= {name: os.environ.get(name) or default for name, default in SWITCHES.items()}
+    found |= {"FlashAttention": " and ".join(choose.flashes()) or "none"}
     folders = {"target": config.model.target, "draft head": "" if config.model.head == "mtp" else config.model.head}
     found |= {f"the {what}'s revision": fingerprint(Path(path)) for what, path in folders.items() if path}
     return {name: str(value) for name, value in found.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache as once
 from functools import partial
 from importlib.util import find_spec
@@ -65,9 +65,9 @@ def _with_flash(ours: TritonAttention) -> TritonAttention | FlashPrompts:
     from target.attention.prompts import FlashPrompts
 
     reasons = []
-    for kind in _flashes():
+    for name in flashes():
         try:
-            flash = kind(ours.cache)
+            flash = FLASHES[name](ours.cache)
         except PlanError as why:
             reasons.append(str(why))
             continue
@@ -78,12 +78,16 @@ def _with_flash(ours: TritonAttention) -> TritonAttention | FlashPrompts:
     return ours
 
 
-def _flashes() -> Iterator[Callable[[PagedCache], FlashAttention3 | FlashAttention2]]:
-    """What somebody named or installed."""
-    if os.environ.get("SPECULATOR_FLASH3"):
-        yield partial(FlashAttention3, splits=1)
-    if find_spec("flash_attn") is not None:
-        yield FlashAttention2
+FLASHES: dict[str, Callable[[PagedCache], FlashAttention3 | FlashAttention2]] = {
+    FlashAttention3.name: partial(FlashAttention3, splits=1),
+    FlashAttention2.name: FlashAttention2,
+}
+
+
+def flashes() -> list[str]:
+    """What somebody named or installed, the best first."""
+    here = (bool(os.environ.get("SPECULATOR_FLASH3")), find_spec("flash_attn") is not None)
+    return [name for name, found in zip(FLASHES, here, strict=True) if found]
 
 
 @once

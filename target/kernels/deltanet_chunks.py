@@ -6,7 +6,7 @@ or documents. `target.deltanet_chunks` is the oracle and says what the names mea
 A program goes over one head of one row, forwards or backwards, with the state or its gradient in registers. Forwards it
 leaves the state before each chunk; all else is computed again on the way back. In a chunk, U = T (beta (V - b K S)) is
 what its tokens write and b Q S + (D * Q K^T) U what they read, T the inverse of I + L and L = beta D * K K^T below the
-diagonal; so the gradient of L is -(T^T dU) U^T there.
+diagonal; so the gradient of L is -(T^T dU) U^T there. States and sums are float32, products TF32 but in the inverse.
 """
 
 # triton reads the annotations of kernels, and its decorators are untyped where it is installed
@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 16  # more would spill registers: a warp holds the tiles of a chunk beside the state
+CHUNK = 16  # more would spill more registers: a warp holds the tiles of a chunk beside the state
 LEVELS = tl.constexpr(4)  # of blocks up to the size of a chunk
-LARGEST = 1 << 12  # keys times values whose state and its gradient fit into the registers of two warps
+LARGEST = 1 << 12  # keys times values whose state and its gradient two warps hold, some of them in local memory
 INPUTS = "Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta"
 FLOOR = tl.constexpr(1e-30)  # as in the oracle
 UNSEEN = tl.constexpr(-1e30)

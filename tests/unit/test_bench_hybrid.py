@@ -54,6 +54,17 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert "synthetic" in capsys.readouterr().out and found["provenance"]["commit"]
 
 
+def test_the_floor_of_a_round_counts_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hybrid, "bandwidth", lambda device: 1e6)
+    monkeypatch.setattr(hybrid, "round_bytes", lambda *about: 1000)
+    monkeypatch.setattr(hybrid, "_policy", lambda *about: {})
+    path = tmp_path / "hybrid.json"
+    hybrid.main([*TINY, "--batches", "1", "--depths", "1", "--parts", "times", "--json", str(path)])
+    found = json.loads(path.read_text())
+    read = found["passes"][0]["state_bytes"]["in_all"]["pass_reads"]
+    assert read > 0 and found["rounds"][0]["floor_ms"] == pytest.approx((1000 + read) / 1e3)
+
+
 def test_bytes_by_hand() -> None:
     """32 value heads of 128 x 128 in float32 are 2 MiB; a snapshot a token would write that for each."""
     delta = parse_config(HYBRIDS["hybrid-4b"]).delta

@@ -18,11 +18,11 @@ from speculator.heads.save import save_head
 from speculator.heads.shard import shard_record
 from speculator.load import fingerprint, load_engine
 from speculator.ranks.codec import Close, Codec, Kind, Landed, Open, Order
-from speculator.ranks.engine import LeadEngine
+from speculator.ranks.engine import Follower, LeadEngine
 from speculator.ranks.errors import RankLostError
 from speculator.ranks.launch import Place
 from speculator.ranks.process import check
-from speculator.ranks.pulse import Pulse
+from speculator.ranks.pulse import Pulse, State
 from speculator.types import Bounds, Distribution, Draft, DraftShape, Feed, Rule, SamplingParams, Step
 from target.experts import EXPERTS
 from target.load import load_target
@@ -222,6 +222,18 @@ def test_every_wait_for_the_device_counts_as_waiting(mode: str, pair: Path) -> N
     before, flight = len(entered), engine.launch(steps)
     assert before > 3 and (flight is None) == (mode == "off")
     assert flight is None or (flight.collect() and len(entered) == before + 1)
+
+
+def test_ranks_that_wait_for_their_device_say_so(pair: Path) -> None:
+    """Or the watch would blame them for the one that they wait for."""
+    plain, pulses = load_engine(config_of(str(pair))), [Pulse(), Pulse()]
+    Follower(plain, None, pulses[0])  # type: ignore[arg-type]
+    lead = LeadEngine(None, str, pulses[1], plain.info, plain.model, plain.head, plain.cache)  # type: ignore[arg-type]
+    for engine, pulse in zip((plain, lead), pulses, strict=True):
+        pulse.step(1)
+        with engine.waiting():
+            assert pulse.beat.state == State.WAITS
+        assert pulse.beat.state == State.WORKS
 
 
 def test_a_rank_that_goes_another_way_is_found_out(pair: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -115,6 +116,10 @@ def waits(pulse: Pulse, stack: ExitStack) -> None:
     stack.enter_context(pulse.waiting())
 
 
+def rests(pulse: Pulse, stack: ExitStack) -> None:
+    pulse.rest("waiting for work")
+
+
 @pytest.mark.parametrize(
     ("acts", "named"),
     [
@@ -123,8 +128,10 @@ def waits(pulse: Pulse, stack: ExitStack) -> None:
         ([(3, waits), (2, None), (3, None)], "rank 1 of 3 stalled in step 2: no progress for"),
         ([(3, waits), (3, waits), (2, waits)], "rank 2 of 3 stalled in step 2: no progress for"),
         ([(2, waits), (2, waits), (2, waits)], "ranks 0, 1, 2 of 3 stalled in step 2: no progress for"),
+        ([(2, waits), (2, rests), (2, waits)], "ranks 0, 2 of 3 stalled in step 2: no progress for"),
+        ([(2, waits), (1, rests), (2, waits)], "rank 1 of 3 stalled in waiting for work: no progress for"),
     ],
-    ids=["one works", "rank 0 works", "one is behind", "one waits elsewhere", "all wait"],
+    ids=["one works", "rank 0 works", "one is behind", "one waits elsewhere", "all wait", "one is done", "one is deaf"],
 )
 def test_the_rank_that_others_wait_for_is_the_one_that_hangs(acts: list[tuple[int, Any]], named: str) -> None:
     with hub(3) as gang, ExitStack() as stack:
@@ -204,6 +211,18 @@ def test_strangers_are_not_ranks() -> None:
         stranger.start()
         assert "did not come" in gang.told.wait()  # type: ignore[attr-defined]
         stranger.end()
+
+
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"\xff\n"])
+def test_whoever_speaks_otherwise_is_hung_up_on_and_the_watch_goes_on(said: bytes) -> None:
+    with hub(2) as gang:
+        member, (host, port) = join(gang, 1), gang.address.split(":")
+        with socket.create_connection((host, int(port)), timeout=5.0) as stranger:
+            stranger.sendall(said)
+            assert stranger.recv(1) == b""
+        member._line.close()
+        assert gang.told.wait().startswith("rank 1 of 2 died")  # type: ignore[attr-defined]
+        member.end()
 
 
 def test_without_rank_0_the_others_end() -> None:

@@ -35,6 +35,19 @@ def test_switches_of_kernels_are_compared(switch: str, config: Config, monkeypat
         check_same([here, identity(config, CPU)])
 
 
+def test_what_prompts_attend_by_is_compared(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a build lies."""
+    monkeypatch.setattr("target.attention.choose.find_spec", lambda name: None)
+    monkeypatch.delenv("SPECULATOR_FLASH3", raising=False)
+    without = identity(config, CPU)
+    monkeypatch.setenv("SPECULATOR_FLASH3", "/here")
+    one = identity(config, CPU)
+    monkeypatch.setenv("SPECULATOR_FLASH3", "/there")
+    check_same([one, identity(config, CPU)])
+    with pytest.raises(ConfigError, match="rank 1 has FlashAttention = none where rank 0 has FlashAttention-3: give"):
+        check_same([one, without])
+
+
 def test_devices_are_compared_by_model_and_capability(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each rank's own device, not of the first one."""
     names = {SECOND: "NVIDIA H100", torch.device("cuda", 0): "NVIDIA H200"}
