@@ -255,7 +255,11 @@ def inspect(
 @app.command()
 def train(
     stages: Annotated[
-        list[str], typer.Argument(help="all, or some of: tokenizer, tokens, target, refine, answers, head, ...")
+        list[str],
+        typer.Argument(
+            help="all, or some of: tokenizer, tokens, target, refine, answers, head (or its kind: eagle3, mtp), "
+            "evaluate, card."
+        ),
     ],
     data: Annotated[Path, typer.Option(help="Folder of *.jsonl.gz corpora.")],
     out: Annotated[Path, typer.Option(help="Folder for models and results.")],
@@ -276,7 +280,8 @@ def train(
     \b
     Examples:
       speculator train all --data corpora --out runs/nano-moe --recipe nano-moe
-      speculator train head --data corpora --out runs/nano-en --force
+      speculator train target --data corpora --out runs/nano-en
+      speculator train eagle3 --data corpora --out runs/nano-en --force
       speculator train all --data corpora --out runs/toy --recipe toy --device cpu
     """
     from speculator.cli.run import run_train

@@ -104,6 +104,7 @@ WRONG = {
     "probe without target": "inspect {tmp} --probe",
     "an override without value": "inspect {tmp} --override norm_before_residual",
     "no such stage": "train wings --data {tmp} --out {tmp}/out",
+    "a head of another kind": "train mtp --data {tmp} --out {tmp}/out --recipe toy",
     "no data flag": "train all --out {tmp}/out",
     "no such recipe": "train all --data {tmp} --out {tmp}/out --recipe wings",
     "ids in words": "client propose five,six --ids",
@@ -252,9 +253,9 @@ def test_train_runs_the_stages_in_turn(
         return 0
 
     monkeypatch.setattr("speculator.train.__main__.main", main)
-    code, _, _ = run(capsys, *f"train target head --data {tmp_path} --out o --recipe toy --force --pace 0.5".split())
+    code, _, _ = run(capsys, *f"train target eagle3 --data {tmp_path} --out o --recipe toy --force --pace 0.5".split())
     assert code == 0
-    assert [call[-1] for call in calls] == ["target", "head"]
+    assert [call[-1] for call in calls] == ["target", "eagle3"]
     assert calls[0][0] == "toy" and "--force" in calls[0] and "0.5" in calls[0]
 
 
