@@ -21,7 +21,7 @@ except ImportError:  # the base install is the client library alone
     sys.exit("speculator: the commands need more packages: pip install 'speculator[server]'")
 
 from speculator.cli.bench import bench
-from speculator.cli.client import client
+from speculator.cli.client import client, whole_text
 from speculator.cli.models import Flags
 
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -131,7 +131,8 @@ def serve(
 @app.command()
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; without one it is read from --file or stdin.")
+        str | None,
+        typer.Argument(help="The prompt; without one it is read from --file or stdin.", callback=whole_text),
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     server: Annotated[

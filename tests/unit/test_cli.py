@@ -130,6 +130,29 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(
     assert len(err) > len("speculator: ") + 10
 
 
+BROKEN = b"caf\xc3\xa9 \xff"
+
+
+@pytest.mark.parametrize("command", ["generate", "generate --server 127.0.0.1:1", "client generate", "client propose"])
+def test_an_argument_that_is_not_utf8(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, err = run(capsys, *command.split(), os.fsdecode(BROKEN))
+    assert (code, out) == (2, "")
+    assert err == "speculator: the prompt is not UTF-8 text: byte 6 is 0xff\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "generate --server 127.0.0.1:1"])
+def test_a_prompt_on_stdin_or_in_a_file_that_is_not_utf8(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(BROKEN)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(BROKEN), encoding="utf-8"))
+    for name, words in (("stdin", ()), (str(file), ("--file", str(file)))):
+        code, out, err = run(capsys, *command.split(), *words)
+        assert (code, out) == (2, "")
+        assert err == f"speculator: {name} is not UTF-8 text: byte 6 is 0xff\n"
+
+
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "serve", "--set", "depth", "--debug")
     assert code == 2
