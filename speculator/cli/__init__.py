@@ -208,7 +208,7 @@ def demo(
     \b
     Examples:
       speculator demo
-      speculator demo --pair nano-moe
+      speculator demo --pair nano-en
       speculator demo --depth 7 --branching 10 --nodes 59
     """
     from speculator.cli.run import run_demo

@@ -17,6 +17,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from speculator.train.recipe import recipe_names
+
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 STATUS = health_pb2.HealthCheckResponse
 SERVICE = "speculator.v1.DrafterService"
@@ -61,6 +63,15 @@ def test_image_copies_files_that_exist_and_are_not_ignored() -> None:
     kept = re.findall(r"^!(\S+)$", (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8"), re.MULTILINE)
     assert {"speculator", "target", "graphs", "pyproject.toml"} <= sources == set(kept)
     assert [source for source in sources if not (DEPLOY.parent / source).exists()] == []
+
+
+def test_every_recipe_of_a_pair_is_trained() -> None:
+    script = (DEPLOY / "models" / "train.sh").read_text(encoding="utf-8")
+    (default,) = re.findall(r"set -- (.+)", script)
+    assert sorted(default.split()) == [name for name in recipe_names() if name.startswith("nano-")]
+    (named,) = re.findall(r"PAIR is (.+);", script)
+    assert re.findall(r"[\w-]+", named.replace(" or ", ", ")) == default.split()
+    assert "$run pilot " in script and "pilot" in recipe_names()
 
 
 def test_compose_names_stages_of_the_image() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from speculator.bundled import find_pairs
 from speculator.cli.models import Flags, configure
 from speculator.cli.paint import Painter, Piece, Speech
 from speculator.client import ConnectionLostError
+from speculator.train.recipe import recipe_names
 from target.errors import CheckpointError as TargetCheckpointError
 from tests.fakes import FakeTokenizer, plain
 from tests.rpc.client_hosts import Host
@@ -61,6 +63,14 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str], command: st
     code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0
     assert f"speculator {command}" in out.partition("Example")[2]
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "demo", "train"])
+def test_examples_name_what_is_there(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    _, out, _ = run(capsys, command, "--help")
+    examples = out.partition("Example")[2].partition("╭")[0]
+    assert set(re.findall(r"--pair (\S+)", examples)) <= {pair.name for pair in find_pairs(ROOT / "deploy" / "models")}
+    assert set(re.findall(r"--recipe (\S+)", examples)) <= set(recipe_names())
 
 
 @pytest.mark.parametrize("words", ["--help", "client --help", "serve --help", "--version"])
