@@ -16,6 +16,7 @@ from speculator.heads.base import DraftHead
 from speculator.types import Rule
 from target.decoder import Decoder
 from target.errors import PlanError
+from target.packed import pack_products
 from target.products import Table, choose_products, fast_product, fixed_product, follow, library, multiplied_weights
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,14 @@ def choose_arithmetic(config: Config, target: Decoder, head: DraftHead | None, d
         for model in (target, head):
             if model is not None:
                 choose_products(model, product)
+        packs = config.engine.products == "auto" and device.type == "cpu" and mode == "off"  # a tape cannot record them
+        if packs and head is not None:
+            pack_products(head, head.lm_table)
         if config.engine.invariant:
             _check_invariant(config, target, device, mode)
             choose_products(target, fixed_product(device, table))
+        elif packs:
+            pack_products(target, target.head_weight)
         _say_what_follows(target, head)
     except PlanError as error:
         raise ConfigError(str(error)) from None
@@ -44,10 +50,10 @@ def choose_arithmetic(config: Config, target: Decoder, head: DraftHead | None, d
 
 def _say_what_follows(target: Decoder, head: DraftHead | None) -> None:
     """A round multiplies with the target's weights, then the head's, and with those once more for each token."""
-    steps = [] if head is None else multiplied_weights(head)
+    steps = [] if head is None else [each for each in multiplied_weights(head) if each is not head.lm_table]
     follow(target.product, [*multiplied_weights(target), target.head_weight, *steps[:1]])
-    if head is not None:
-        again = steps[1:] if head.record.kind == "eagle3" and head.record.fc else steps  # its fc takes true features only
+    if head is not None:  # EAGLE-3's fc takes true features only
+        again = steps[1:] if head.record.kind == "eagle3" and head.record.fc else steps
         follow(head.product, [*steps, head.lm_table, *again[:1]])
 
 

@@ -63,7 +63,7 @@ class EngineConfig:
     threads: int = 0  # CPU threads of one pass; 0 is torch's own choice
     memory_share: float = 0.9  # of a GPU that may be in use, other processes included
     invariant: bool = False  # committed tokens are the same whatever head, draft, batch or chunk they came by; slower
-    products: Literal["auto", "torch"] = "auto"  # auto: own kernels for shapes where the table says they are faster
+    products: Literal["auto", "torch"] = "auto"  # auto: kernels where the table says so, packed on a CPU
     product_table: str = ""  # file of `speculator bench skinny`; "" is the table that comes along
 
     def __post_init__(self) -> None:
@@ -83,10 +83,12 @@ class ParallelConfig:
     pipeline: int = 1  # stages that divide the layers, each of so many ranks; the last one has the draft head
     head: Literal["replicate", "shard"] = "replicate"  # the draft head whole on every rank, or divided as the target is
     silent_s: float = 10.0  # a rank without any sign of life for so long ends all
-    stalled_s: float = 120.0  # and one that is busy with the same thing for so long
+    stalled_s: float = 15.0  # and one that does not go on for so long while it serves: no layer, no collective
+    starting_s: float = 60.0  # or while it starts, where each tensor read and each shape recorded goes on
 
     def __post_init__(self) -> None:
-        _within(self, "parallel", tensor=(1, 1024), pipeline=(1, 1024), silent_s=(1, 3600), stalled_s=(1, 86400))
+        _within(self, "parallel", tensor=(1, 1024), pipeline=(1, 1024), silent_s=(1, 3600))
+        _within(self, "parallel", stalled_s=(1, 86400), starting_s=(1, 86400))
         alone = self.attention_data and self.tensor == 1
         _require(not alone, "parallel.attention_data needs ranks that share experts: set parallel.tensor to 2 or more.")
         staged = self.attention_data and self.pipeline > 1
@@ -105,6 +107,7 @@ class GraphsConfig:
     rows: int = 0  # largest batch of rounds that is recorded; 0 is the engine's sessions, 32 at most
     prompt_tokens: int = 1024  # largest prompt chunk that is recorded, over all rows of a step (piecewise, round)
     depths: str = "0"  # shorter chains with rounds of their own, depths between commas; beside trees 0 alone (round)
+    every_rule: bool = False  # rounds under rejection, block rule and repetition penalty too; more memory (round)
 
     def __post_init__(self) -> None:
         _within(self, "graphs", rows=(0, 4096), prompt_tokens=(1, 8192))

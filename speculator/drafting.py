@@ -35,6 +35,7 @@ class Start(NamedTuple):
     coupled: bool  # draw with the target's own noise, else with noise of the round
     static: bool = False  # the tensors are refilled between runs of a recorded pass, `longest` bounds what is stored
     keys: Tensor | None = None  # [depth, R] int64, of the target's noise at each level, where somebody made them
+    drawn: Tensor | None = None  # [R] bool: rows that are not `coupled` all the same, where the device alone knows
 
     @property
     def live(self) -> Tensor:
@@ -144,7 +145,10 @@ class Expansion:
 
     def reading(self, outputs: Tensor, level: int, k: int, step: int = 0) -> Reading | None:
         """`read` without its arithmetic."""
-        ask = partial(self.head.stage(step).read, outputs)
+        stage = self.head.stage(step)
+        if stage.reader is None:  # before anything is made up to be asked
+            return None
+        ask = partial(stage.read, outputs)
         ids, keys = self.head.target_ids, self.start.keys
         made = None if keys is None else keys[level - 1]
         silent = made is not None or self.sampling.all_greedy  # then only the shape of positions is read
@@ -153,10 +157,13 @@ class Expansion:
 
     def draw(self, values: Tensor, level: int) -> Tensor:
         """One draft id [R, 1] from values [R, 1, Vd]."""
-        counter = self.counter(values, level)
-        if self.start.coupled:
-            return coupled_sample(values, self.sampling, counter, ids=self.ids)
-        return draft_sample(values, self.sampling, self.start.context + 1, counter, self.ids)
+        counter, start = self.counter(values, level), self.start
+        if start.coupled:
+            coupled = coupled_sample(values, self.sampling, counter, ids=self.ids)
+            if start.drawn is None:
+                return coupled
+        drawn = draft_sample(values, self.sampling, start.context + 1, counter, self.ids)
+        return drawn if start.drawn is None else torch.where(start.drawn[:, None], drawn, coupled)
 
     def ranked(self, outputs: Tensor, level: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k best continuations of each node: target ids, ranking log-scores and log q, each [R, nodes, k]."""
@@ -175,6 +182,8 @@ class Expansion:
         if self.start.coupled and not self.sampling.all_greedy:
             noise = gumbel(self.sampling.seed, self.counter(values, level), Stream.TARGET, self.ids)
             score = (logq + noise * (self.sampling.temperature > 0)[:, None, None]).log_softmax(-1)
+            if self.start.drawn is not None:
+                score = torch.where(self.start.drawn[:, None, None], logq, score)
         best, columns = score.topk(k, dim=-1)
         return Ranking(columns, best, logq.gather(-1, columns))
 
@@ -185,7 +194,7 @@ class _Chain:
     def __init__(self, expand: Expansion, depth: int) -> None:
         self.expand, self.output, self.depth = expand, expand.root(), depth
         self.tokens, self.logprobs, self.distributions = list[Tensor](), list[Tensor](), list[Tensor]()
-        self.sampled = not (expand.start.coupled or expand.sampling.all_greedy)
+        self.sampled = expand.start.drawn is not None or not (expand.start.coupled or expand.sampling.all_greedy)
 
     def step(self, level: int) -> None:
         expand = self.expand

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ class Engine:
         self.times = StepTimes()
         self.landed_at = 0.0  # when the last round that was under way had ended
         self.fallen = False  # whether the one before failed, on top of which others may have been launched
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext  # around every wait for the device
         self._drafts = 0
 
     def open(self, row: int, sampling: SamplingParams, speculate: bool) -> None:
@@ -130,7 +132,8 @@ class Engine:
         flight = self.rounds.launch(steps, self._next_draft) if self.rounds else None
         launched = time.perf_counter() - start
         decided = self._decide(steps, self._by_passes(steps, flight))
-        results = collect(steps, decided.committed, decided.drafted, flight)
+        with self.waiting():
+            results = collect(steps, decided.committed, decided.drafted, flight)
         if flight:
             self.landed(flight)
         self.recurrent.commit(steps, results)
@@ -338,7 +341,7 @@ class Engine:
         shape = chosen[0].propose
         assert shape is not None
         drafted = self._number(self.passes.draft(start, shape), picked, index)
-        if self.rounds and drafted.q is None:
+        if self.rounds:
             self.rounds.hold(index, self._ints(index), shape, drafted)
         return drafted
 

@@ -102,6 +102,8 @@ def build_engine(
     config = with_page_size(config, device)
     before = cuda_meter(device)() if device.type == "cuda" else None
     target, head = build()
+    if team is not None:
+        team.heed(target, head)
     if isinstance(target, ParallelDecoder):
         target.noise = gumbel_of
     choose_arithmetic(config, target, head, device, graph_mode(config, device))
@@ -273,6 +275,7 @@ def graph_sizes(config: Config, target: Decoder) -> Sizes:
         page_size=page,
         shape=filled(config.draft.shape),  # as sessions ask for it
         prompt_tokens=config.graphs.prompt_tokens if config.graphs.mode != "split" else 0,
+        every_rule=config.graphs.every_rule,
     )
 
 

@@ -152,17 +152,19 @@ class EagerPasses:
         return self.catch_up(batch, features, following)
 
     def catch_up(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
+        if batch.tokens.device.type == "cpu" and not batch.static:
+            batch, features, following = _kept_columns(batch, features, following)
         return self.catch_up_on(batch, features, following, bind(self.head_attention, batch))
 
     def catch_up_on(self, batch: Batch, features: Tensor, following: Tensor, attend: Any) -> Tensor:
         assert self.head is not None
         return self.head.catch_up(self.head.fuse(features), following, batch.positions, batch.counts, attend)
 
-    def outputs(self, batch: Batch, features: Tensor, following: Tensor) -> Tensor:
-        """All [R, T, H] that a head of one module makes of true rows; `catch_up` keeps each row's last."""
+    def outputs(self, batch: Batch, features: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """All that a head of one module makes of true rows, two parts [R, T, H]; `catch_up` keeps each row's last."""
         assert self.head is not None and not self.head.lookback
         attend = bind(self.head_attention, batch)
-        return self.head(self.head.fuse(features), following, batch.positions, attend)  # type: ignore[no-any-return]
+        return self.head.advance(self.head.fuse(features), following, batch.positions, attend)
 
     def draft(self, start: Start, shape: DraftShape) -> Drafted:
         assert self.head is not None
@@ -201,6 +203,16 @@ def rows_of(batch: Batch, index: Tensor) -> Batch:
         pages=batch.pages[index],
         ancestors=ancestors,
     )
+
+
+def _kept_columns(batch: Batch, features: Tensor, following: Tensor) -> tuple[Batch, Tensor, Tensor]:
+    """True rows without what no session kept of its draft, for a device on which looking costs nothing."""
+    width = max(1, int(batch.counts.max()))
+    if width == batch.tokens.shape[1]:
+        return batch, features, following
+    tokens, positions = batch.tokens[:, :width], batch.positions[:, :width]
+    batch = batch._replace(tokens=tokens, positions=positions, longest=int((batch.context + batch.counts).max()))
+    return batch, features[:, :width], following[:, :width]
 
 
 def shifted(tokens: Tensor, counts: Tensor, following: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What sampling asks about logits, and what the answers mean: tokens drawn, drafts ranked.
 
-Owns: which draws need no written logits. Must never know models, kernels or who verifies: it is handed a way to ask,
-and says nothing (None) where the logits themselves are needed.
+Owns: which draws need no written logits, and what filters keep. Must never know models or who verifies: it is handed a
+way to ask, and says nothing (None) where the logits themselves are needed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from speculator.sampling import RowSampling, Stream, lowest_kept, noise_keys
+from target.pdl import pdl_on
 from target.readout import Asked, Keep, Readout, values_of
 
 Read = Callable[[Asked], Readout | None]  # about N rows; None where logits have to be written first
@@ -55,10 +56,9 @@ def unread(asked: Asked) -> Readout | None:
 
 def target_draws(read: Read, rows: RowSampling, counter: Tensor) -> Draws | None:
     """Draws at absolute positions `counter` [R, T], as `coupled_sample` of `scores` makes them."""
-    keep = _kept(rows, counter)
-    if rows.any_penalty or (keep is None and not _plain(rows)):
+    if rows.any_penalty:
         return None
-    found = read(_question(rows, counter, coupled=True)._replace(keep=keep))
+    found = read(_question(rows, counter, coupled=True))
     if found is None:
         return None
     shape = counter.shape
@@ -87,24 +87,27 @@ def draft_reading(
     keys: Tensor | None = None,
 ) -> Reading | None:
     """`draft_ranking` for those who normalise on their way; `keys` [R] are of the noise, where somebody made them."""
-    if not _plain(rows):
-        return None
     asked = _question(rows, counter, coupled, keys)._replace(best=best, ids=ids, ranked=True)
     found = read(asked)
     return None if found is None or found.score_total is None else Reading(found, asked, counter.shape)
 
 
-def _plain(rows: RowSampling) -> bool:
-    """Whether every token keeps its score."""
-    return not (rows.any_top_k or rows.any_top_p or rows.any_min_p)
-
-
-def _kept(rows: RowSampling, counter: Tensor) -> Keep | None:
-    """The rows' filters at places `counter` [R, T]; None where there are none, or where they have to see all scores."""
-    width = rows.width if rows.any_top_k or rows.any_top_p else 1
-    if _plain(rows) or not width:
+def kept(rows: RowSampling, places: Sequence[int]) -> Keep | None:
+    """The filters of rows at R x T `places`; None where there are none."""
+    ranked = rows.any_top_k or rows.any_top_p
+    if not (ranked or rows.any_min_p):
         return None
-    return Keep(width, lambda best: lowest_kept(best.view(*counter.shape, width), rows).flatten(0, 1))
+
+    def floor(best: Tensor) -> Tensor:
+        return lowest_kept(best.view(*places, -1), rows).flatten(0, 1)
+
+    def find(logits: Tensor, temperature: Tensor | None) -> Tensor:
+        from speculator.kernels.floor import launch_floor
+
+        ratio, pdl = rows.min_p.log(), pdl_on(logits.device)
+        return launch_floor(logits, temperature, rows.top_k, rows.top_p, ratio, places[1], pdl)
+
+    return Keep(rows.width if ranked else 1, floor, find)
 
 
 def _question(rows: RowSampling, counter: Tensor, coupled: bool, keys: Tensor | None = None) -> Asked:
@@ -113,7 +116,7 @@ def _question(rows: RowSampling, counter: Tensor, coupled: bool, keys: Tensor | 
         return Asked()
     if coupled:
         keys = _keys(rows, counter) if keys is None else _everywhere(keys, counter)
-    return Asked(temperature=_everywhere(rows.temperature, counter), keys=keys)
+    return Asked(temperature=_everywhere(rows.temperature, counter), keys=keys, keep=kept(rows, counter.shape))
 
 
 def _everywhere(values: Tensor, counter: Tensor) -> Tensor:

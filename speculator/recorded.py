@@ -34,13 +34,13 @@ from speculator.sampling import RowSampling
 from speculator.types import DraftShape, Extent
 from target.attention.base import bind
 from target.batch import Batch
-from target.deltanet import HybridAttend
+from target.deltanet import DeltaRows, HybridAttend
 from target.model import Hidden
 from target.states import StatePass
 
 Progress = Callable[[str, int, int], None]  # which pass, shapes done, shapes in all
 Buffers = Mapping[str, Tensor]
-Kept = list[tuple[Tensor | None, ...]]  # of a StatePass
+Kept = DeltaRows | tuple[()]  # of a StatePass
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Sizes(NamedTuple):
     page_size: int
     shape: DraftShape  # the draft that is recorded
     prompt_tokens: int = 0  # largest prompt chunk recorded, over all its rows; 0 runs prompts eager
+    every_rule: bool = False  # whether whole rounds under any rule, and with a repetition penalty, are recorded too
 
     @property
     def capacity(self) -> int:
@@ -244,7 +245,7 @@ class RecordedPasses:
         if states is not None:
             attend = HybridAttend(attend, states.recur)
         hidden = eager.target(state.buffers["tokens"], state.buffers["positions"], attend)
-        return hidden, states.kept if states is not None else []
+        return hidden, (states.kept if states is not None else None) or ()
 
     def verify(self, batch: Batch, states: StatePass | None = None) -> Verified:
         rows, queries = batch.tokens.shape
@@ -257,7 +258,7 @@ class RecordedPasses:
             graph.load({"slots": states.slots})
         hidden, kept = graph.replay()
         if states is not None:
-            states.adopt(kept)
+            states.adopt(DeltaRows(*kept))
         final = hidden.final[:rows, :queries]
         taps = tuple(tap[:rows, :queries] for tap in hidden.taps)
         return self.eager.verified(Hidden(final, taps))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from speculator.chains import WHY, is_tree
 from speculator.errors import InvalidTreeError
-from speculator.passes import EagerPasses, Fed, Passes, StatePasses, Verified
+from speculator.passes import EagerPasses, Fed, Passes, Relay, StatePasses, Verified
 from speculator.recorded import RecordedPasses
 from speculator.sampling import upload
 from speculator.types import Step, StepResult
@@ -152,8 +152,11 @@ class RecurrentRows:
 
 
 def _stateful(passes: Passes) -> StatePasses:
-    if isinstance(passes, EagerPasses | RecordedPasses):
-        return passes
+    inner = passes
+    while isinstance(inner, Relay):
+        inner = inner.inner
+    if isinstance(inner, EagerPasses | RecordedPasses):
+        return cast(StatePasses, passes)
     raise PlanError(f"{type(passes).__name__} takes no recurrent states: a hybrid target cannot run through it")
 
 

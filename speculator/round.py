@@ -24,7 +24,7 @@ from speculator.passes import EagerPasses
 from speculator.recorded import CHAIN, MOST_TOKENS, TREE, Sizes, ticks
 from speculator.round_glue import Glue, Kind, Memory, TorchGlue
 from speculator.round_result import Flight, Outcome
-from speculator.round_state import MODES, RoundState
+from speculator.round_state import EVERY, MODES, RoundState
 from speculator.rows import Rows
 from speculator.sampling import pinned
 from speculator.types import DraftShape, Rule, SamplingParams, Step
@@ -39,10 +39,11 @@ NOTHING = DraftShape(0)
 class Rounds:
     """Recorded rounds over the rows of an engine. `capture` before serving; until then every round is refused.
 
-    Recorded are rounds that verify the draft which the engine itself holds (or none) under the coupled rule, and draft
-    the shape of `sizes`; where that is a chain, chains of `depths` too, and any shorter chain is the beginning of a
-    recorded one. Beside trees, depth 0 alone: the head catches up and drafts nothing. `rung` records one row count,
-    0 the largest, to see what memory that takes. What lies between passes runs on kernels where layers do.
+    Recorded are rounds that verify the draft which the engine itself holds (or none) under the coupled rule, or under
+    every rule where `sizes` says so, and draft the shape of `sizes`; where that is a chain, chains of `depths` too, and
+    any shorter chain is the beginning of a recorded one. Beside trees, depth 0 alone: the head catches up and drafts
+    nothing. `rung` records one row count, 0 the largest, to see what memory that takes, with the `state` of another
+    one where that exists. What lies between passes runs on kernels where layers do.
     """
 
     def __init__(
@@ -55,12 +56,16 @@ class Rounds:
         lookback: Lookback | None = None,
         depths: Sequence[int] = (0,),
         rung: int | None = None,
+        state: RoundState | None = None,
     ) -> None:
         self.eager, self.sizes, self.cache, self.rows, self.lookback = eager, sizes, cache, rows, lookback
         self.device, self.shape = rows.device, sizes.shape if eager.head else NOTHING
         self.fused = fused_on(rows.device)
         self._rest = [depth for depth in depths if depth == 0]  # chains beside trees
-        self.state = RoundState(rows.count, _nodes(self.shape), sizes.pages, rows.device)
+        self.modes = MODES if sizes.every_rule else MODES[: MODES.index(EVERY)]
+        self.state = state or self._state()
+        if sizes.every_rule:
+            rows.watch()
         self.manager = RoundGraphManager(
             recorder,
             self._ladder(depths, rung),
@@ -70,6 +75,11 @@ class Rounds:
             shared=(eager.attention, eager.head_attention),
         )
         self.capture_seconds = 0.0
+
+    def _state(self) -> RoundState:
+        rows, every, drawn = self.rows, self.sizes.every_rule, self.shape.is_chain and self.shape.depth
+        vocab = rows.vocab if drawn else 0
+        return RoundState(rows.count, _nodes(self.shape), self.sizes.pages, rows.device, every, vocab)
 
     def _ladder(self, depths: Sequence[int], rung: int | None) -> Ladder:
         """Every row count in every mode, for the target alone and, with a head, for each draft."""
@@ -82,7 +92,7 @@ class Rounds:
         for queries, kind in kinds:
             rows = row_ladder(max(1, min(self.sizes.rows, MOST_TOKENS // queries)))
             picked = rows if rung is None else rows[::-1][rung : rung + 1]
-            shapes += [GraphShape(r, queries, (*kind, mode)) for r in picked for mode in MODES]
+            shapes += [GraphShape(r, queries, (*kind, mode)) for r in picked for mode in self.modes]
         return Ladder(shapes)
 
     def _padding(self, shape: GraphShape) -> dict[str, Tensor]:
@@ -115,6 +125,8 @@ class Rounds:
         """All that lies outside a round's graph and that it reads and writes, by name."""
         kept = {"cached": self.rows.cached, "root": self.rows.root, "output": self.rows.output, **self.state.memory}
         kept |= {f"cache {i}": group for i, group in enumerate(self.cache.groups)}
+        if self.sizes.every_rule:
+            kept["seen"] = self.rows.watch()
         back = self.lookback
         if back is None:
             return kept
@@ -192,10 +204,10 @@ class Rounds:
         return whole and self.manager.holds(*self._needed(steps))
 
     def landed(self, outcome: Outcome) -> None:
-        """The results of a round count: its drafts, all point masses, are what the rows hold."""
+        """The results of a round count: its drafts are what the rows hold."""
         for row, want, made in zip(outcome.rows, outcome.wants, outcome.ids, strict=True):
             if want:
-                self.rows.keep_q(row, made, None)
+                self.rows.keep_q(row, made, self.state.own_q(row, want))
 
     def _graph(self, chosen: Sequence[Step]) -> Graph | None:
         reason = next((why for why in map(self._unfit, chosen) if why), None)
@@ -221,13 +233,17 @@ class Rounds:
             return "tokens to feed first"
         if self.eager.states is not None:
             return "the target has recurrent layers"
-        if params.rule is not Rule.COUPLED and self.state.mode([step.row]):  # when greedy, all rules are one
-            return f"rule {params.rule.value}"
-        if params.repetition_penalty != 1.0:
+        rule = self.state.rule(step.row)
+        every = self.sizes.every_rule and (rule is not Rule.BLOCK or self.shape.is_chain)
+        if rule is not Rule.COUPLED and not every:
+            return f"rule {rule.value}"
+        if params.repetition_penalty != 1.0 and not every:
             return "a repetition penalty"
         if not self._drafts(step.propose or NOTHING):
             return "another draft shape"
         if step.ahead:
+            if self.modes[self.state.mode([step.row])] == EVERY:
+                return "a round ahead that could not be taken back"
             known = self.state.left(step.row) is not None and self.state.bounded(step.row)
             return None if known else "a round ahead of none"
         held = not draft.tokens or self.state.holds(step.row, draft.draft_id)
@@ -279,7 +295,7 @@ class Rounds:
 
     def hold(self, index: Sequence[int], rows: Tensor, shape: DraftShape, drafted: Drafted) -> None:
         """Keep drafts of rows `index` that were made pass by pass, so that the next round can be a recorded one."""
-        if self.eager.head is None or not self._drafts(shape):
+        if self.eager.head is None or not self._drafts(shape) or (drafted.q is not None and not self.sizes.every_rule):
             return
         self.state.hold(rows, drafted)
         for row, made in zip(index, drafted.ids, strict=True):
@@ -294,8 +310,11 @@ def trial_rounds(
     sessions: int,
     depths: Sequence[int],
     rung: int,
+    before: Rounds | None = None,
 ) -> Rounds:
-    """The rounds of one row count over rows of their own, to see what memory they take."""
+    """The rounds of one row count over rows of their own, or those of a trial before, to see what memory they take."""
+    if before is not None:
+        return Rounds(eager, recorder, sizes, cache, before.rows, before.lookback, depths, rung, before.state)
     head = eager.head
     device, dtype, back = cache.layers[0].device, cache.layers[0].dtype, head.lookback if head else 0
     width, vocab = head.record.hidden_size if head else 1, eager.model.config.vocab_size

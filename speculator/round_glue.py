@@ -14,12 +14,13 @@ from torch import Tensor
 from speculator.drafting import Drafted, Start
 from speculator.lookback import Lookback
 from speculator.passes import EagerPasses, Verified
-from speculator.round_parts import judge_coupled, keep_path, newest
+from speculator.round_parts import Report, judge_coupled, judge_each, keep_path, newest
 from speculator.round_result import Layout
-from speculator.round_state import RoundState
+from speculator.round_state import EVERY, RoundState
 from speculator.rows import Rows
-from speculator.tree import Tree, below, chain
+from speculator.tree import Tree, below, chain, seen_tokens
 from speculator.types import DraftShape
+from speculator.verify import Verdict
 from target.batch import Batch
 from target.cache import PagedCache
 
@@ -72,7 +73,7 @@ class Glue(Protocol):
         """What the target runs over for orders [R, 4] int64, see `Order`."""
 
     def judge(self, verified: Verified) -> None:
-        """Accept by the coupled rule and bring what rows remember up to date."""
+        """Accept by the rows' rules and bring what rows remember up to date."""
 
     def catch_up(self, passes: EagerPasses) -> None:
         """Run the head over what was committed."""
@@ -89,11 +90,15 @@ class TorchGlue:
 
     def __init__(self, memory: Memory, kind: Kind) -> None:
         self.memory, self.kind = memory, kind
+        self.rules: Tensor | None = None  # [R] of RULES, where they may differ
+        self.sound: Tensor | None = None  # [] bool: the round counts, where that is asked
 
     def begin(self, orders: Tensor) -> Batch:
         state = self.memory.state
         self.order = Order(*self._awake(orders).unbind(1))
         self.sampling = state.sampling(self.order.row, self.kind.mode)
+        if self.kind.mode == EVERY:
+            self.rules = state.memory["rule"][self.order.row]
         self.pages = state.memory["tables"][self.order.row]
         self.tree, self.batch = self._below()
         return self.batch
@@ -135,14 +140,25 @@ class TorchGlue:
 
     def judge(self, verified: Verified) -> None:
         memory, batch, order = self.memory, self.batch, self.order
-        verdict, said = judge_coupled(self.tree, verified, self.sampling, batch.context + 1)
+        verdict, said = self._judged(verified)
         verdict = verdict._replace(kept=verdict.kept * order.live)  # padding commits nothing
         self.true_rows = keep_path(memory.cache, batch, verdict, verified.features)
         self.context = batch.context + verdict.kept
         memory.rows.cached[order.row] = self.context
         memory.rows.root[order.row] = newest(self.true_rows.following, verdict.kept)
         memory.state.end(order.row, batch.context, verdict)
+        if self.rules is not None:
+            self.sound = said.finite.all()
+            memory.rows.note(order.row, self.true_rows.following, verdict.kept * self.sound, self.sampling)
         self.parts: tuple[Tensor, ...] = (verdict.tokens, verdict.kept, verdict.path, said.logprobs, said.finite)
+
+    def _judged(self, verified: Verified) -> tuple[Verdict, Report]:
+        tree, sampling, base, row = self.tree, self.sampling, self.batch.context + 1, self.order.row
+        if self.rules is None:
+            return judge_coupled(tree, verified, sampling, base)
+        seen, q = self.memory.rows.seen(row, sampling), self.memory.state.q(row, self.kind.queries)
+        below = None if seen is None else seen_tokens(seen, tree)
+        return judge_each(tree, verified.logits, sampling, base, self.rules, q, below)
 
     def catch_up(self, passes: EagerPasses) -> None:
         order, true_rows, lookback = self.order, self.true_rows, self.memory.lookback
@@ -161,9 +177,10 @@ class TorchGlue:
             sampling=self.sampling,
             coupled=True,
             static=True,
+            drawn=None if self.rules is None else self.rules > 0,
         )
         drafted: Drafted = passes.draft(start, self.kind.drafted)
-        self.memory.state.hold(self.order.row, drafted)
+        self.memory.state.hold(self.order.row, drafted, self.sound)
         self.parts += (drafted.tokens, drafted.parents, drafted.logprobs)
 
     def result(self) -> Tensor:

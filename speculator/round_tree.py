@@ -13,6 +13,7 @@ from speculator.kernels.chain import launch_settle
 from speculator.kernels.tree import launch_begin_tree, launch_hold, launch_judge_tree, launch_move
 from speculator.lookback import gather_rows
 from speculator.passes import EagerPasses, Verified
+from speculator.readout import kept
 from speculator.round_glue import Kind, Memory
 from speculator.round_state import GREEDY
 from speculator.sampling import gumbel_of
@@ -21,7 +22,7 @@ from target.readout import Asked, read_logits
 
 
 class TreeGlue:
-    """`Glue` of dynamic trees that are drawn without filters, for heads of one module."""
+    """`Glue` of dynamic trees, for heads of one module."""
 
     def __init__(self, memory: Memory, kind: Kind) -> None:
         self.memory, self.kind, rows = memory, kind, memory.rows
@@ -35,7 +36,9 @@ class TreeGlue:
         return self.batch._replace(ancestors=self.shapes.ancestors)
 
     def judge(self, verified: Verified) -> None:
-        asked, drafted = Asked(temperature=self.begun.temperature, keys=self.begun.keys), self.kind.drafted
+        begun, drafted = self.begun, self.kind.drafted
+        self.sampling = self.memory.state.sampling(begun.whole[0, : len(begun.tokens)], self.kind.mode)
+        asked = Asked(temperature=begun.temperature, keys=begun.keys, keep=kept(self.sampling, begun.tokens.shape))
         found = verified.read(asked)
         if found is None:
             found = read_logits(verified.logits.flatten(0, 1), asked, gumbel_of)
@@ -48,7 +51,7 @@ class TreeGlue:
         judged = self.judged
         batch = self.batch._replace(tokens=judged.tokens, positions=judged.positions, counts=judged.kept)
         outputs = passes.outputs(batch, self.features, judged.tokens)
-        self.output = launch_settle(outputs, self.begun, judged, self.memory.rows.output)
+        self.output = launch_settle(*outputs, self.begun, judged, self.memory.rows.output)
 
     def draft(self, passes: EagerPasses) -> None:
         start = Start(
@@ -56,17 +59,12 @@ class TreeGlue:
             context=self.judged.context,
             pages=self.begun.pages,
             longest=self.memory.capacity,
-            sampling=self.memory.state.sampling(self.rows, self.kind.mode),
+            sampling=self.sampling,
             coupled=True,
             static=True,
             keys=self.judged.keys,
         )
         launch_hold(passes.draft(start, self.kind.drafted), self.begun, self.judged, self.state)
-
-    @property
-    def rows(self) -> Tensor:
-        """[R] where the rows' state lies."""
-        return self.begun.whole[0, : len(self.begun.tokens)]
 
     def result(self) -> Tensor:
         return self.judged.result

@@ -37,11 +37,16 @@ class Rows:
     def open(self, row: int, params: SamplingParams, speculate: bool) -> None:
         self.close(row)
         self.params[row], self.speculate[row] = params, speculate
-        if params.repetition_penalty != 1.0 and self._seen is None:
-            count = len(self.params)
-            self._seen = torch.zeros(count, self.vocab, dtype=torch.bool, device=self.device)
+        if params.repetition_penalty != 1.0:
+            self.watch()
         if self._seen is not None:
             self._seen[row] = False
+
+    def watch(self) -> Tensor:
+        """[count, V] bool, the tokens that sessions with a repetition penalty have seen, in one place from now on."""
+        if self._seen is None:
+            self._seen = torch.zeros(self.count, self.vocab, dtype=torch.bool, device=self.device)
+        return self._seen
 
     def close(self, row: int) -> None:
         self._q.pop(row, None)

@@ -50,19 +50,18 @@ class RowSampling(NamedTuple):
 
     @classmethod
     def alike(cls, read: Mapping[str, Tensor], greedy: bool, filtered: bool) -> RowSampling:
-        """Of recorded passes: `read` are the parameters by name, save the penalty, which these passes do not know.
+        """Of recorded passes: `read` are the parameters by name; without the penalty they are passes that know none.
 
         The host says what holds for every batch that a recording may meet.
         """
         return cls(
-            **read,
-            penalty=read["temperature"],
+            **{"penalty": read["temperature"], **read},
             all_greedy=greedy,
             any_greedy=True,
             any_top_k=filtered,
             any_top_p=filtered,
             any_min_p=filtered,
-            any_penalty=False,
+            any_penalty="penalty" in read,
             width=0,
         )
 

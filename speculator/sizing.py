@@ -113,7 +113,8 @@ def _estimate(eager: EagerPasses, cache: PagedCache, load: Load, device: torch.d
         made.append(recorded_passes(eager, recorder, load.sizes, device, rung))
         made[-1].capture()
         if load.rounds is not None:
-            rounds.append(trial_rounds(eager, recorder, load.sizes, cache, load.sessions, load.rounds, rung))
+            own = rounds[0] if rounds else None
+            rounds.append(trial_rounds(eager, recorder, load.sizes, cache, load.sessions, load.rounds, rung, own))
             rounds[-1].capture()
 
     def release() -> None:

@@ -46,7 +46,7 @@ class UnderWay:
         """
         engine = self._engine
         try:
-            with device_failures():
+            with device_failures(), engine.waiting():
                 results = collect(self._steps, (), (), self._flight)
         except SpeculatorError:
             engine.fallen = True

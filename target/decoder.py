@@ -49,7 +49,10 @@ class DecoderLayer(nn.Module):
 
     def advance(self, x: Tensor, more: Tensor | None, cos: Tensor, sin: Tensor, attend: Any) -> tuple[Tensor, Tensor]:
         """`forward` of x + more, as two parts still to be added: the norm that follows adds in the same kernel."""
-        x, normed = self.input_norm.after(x, more)
+        return self.go_on(*self.input_norm.after(x, more), cos, sin, attend)
+
+    def go_on(self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> tuple[Tensor, Tensor]:
+        """`advance` of the residual stream x, given its input norm too."""
         x, normed = self.post_norm.after(x, self.attention(normed, cos, sin, attend))
         return x, self.mlp(normed)
 
@@ -153,13 +156,16 @@ class Decoder(Reads, Multiplies, nn.Module):
         first, last = self.span.start, self.span.stop
         x, more = self.embed(tokens) if above is None else above.final, None
         cos, sin = self.rope(positions, x.dtype)
-        streams = {0: x} if above is None else dict(zip([k for k in taps if k <= first], above.taps, strict=True))
+        streams = {} if above is None else dict(zip([k for k in taps if k <= first], above.taps, strict=True))
         for i, layer in enumerate(self.layers, first):
-            x, more = layer.advance(x, more, cos, sin, attend)  # type: ignore[operator]
-            if i + 1 in taps or (i + 1 == last < self.config.num_layers):
-                x, more = x + more, None
-                streams[i + 1] = x
-        final = self.norm.after(x, more)[1] if last == self.config.num_layers else x
+            x, normed = layer.input_norm.after(x, more)  # type: ignore[union-attr,operator]
+            if i in taps:
+                streams[i] = x
+            x, more = layer.go_on(x, normed, cos, sin, attend)  # type: ignore[operator]
+        if last == self.config.num_layers:
+            streams[last], final = self.norm.after(x, more)
+        else:
+            streams[last] = final = x if more is None else x + more
         return Hidden(final, tuple(streams[k] for k in taps if k <= last))
 
     def logits(self, final: Tensor) -> Tensor:

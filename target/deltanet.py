@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from target.attention.base import Attend
 from target.config_hybrid import DeltaNetConfig
 from target.errors import PlanError
+from target.layers import TORCH
 
 NORM_EPS = 1e-6  # of queries and keys, whatever the config says; as in transformers
 
@@ -51,6 +52,8 @@ class GatedDeltaNet(nn.Module):
     all b, a, or (`grouped`) those of each key head together. `a_log` and `dt_bias` stay float32 in every model dtype.
     """
 
+    pieces = TORCH
+
     def __init__(self, layer: int, size: int, sizes: DeltaNetConfig, norm_eps: float) -> None:
         super().__init__()
         self.layer, self.sizes = layer, sizes
@@ -79,8 +82,8 @@ class GatedDeltaNet(nn.Module):
             text = "a hybrid target cannot run without recurrent states: bind its pass to a StatePass"
             raise PlanError(f"{text}, or to whole_sequences")
         mixed, z, b, a = self._project(x)
-        decay = (-self.a_log.exp() * F.softplus(a.float() + self.dt_bias)).exp()
-        inputs = DeltaInputs(mixed, decay, b.float().sigmoid(), self.conv.squeeze(1), self.sizes)
+        decay, beta = self.pieces.delta_gates(b, a, self.a_log, self.dt_bias)
+        inputs = DeltaInputs(mixed, decay, beta, self.conv.squeeze(1), self.sizes)
         return self.o(self.norm(attend.recur(self.layer, inputs), z).flatten(-2))  # type: ignore[no-any-return]
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,6 +103,8 @@ class GatedDeltaNet(nn.Module):
 class SiluGatedNorm(nn.Module):
     """x / rms(x) * weight * silu(gate) over the last dimension; here the weight is not zero-centred."""
 
+    pieces = TORCH
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -107,8 +112,7 @@ class SiluGatedNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x float32, gate in the model's dtype -> the model's dtype."""
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * (x * scale).to(gate.dtype) * F.silu(gate.float())).to(gate.dtype)
+        return self.pieces.silu_gated_norm(x, gate, self.weight, self.eps)
 
 
 class DeltaRows(NamedTuple):

@@ -25,7 +25,7 @@ from target.config_moe import MoeConfig
 from target.decoder import Decoder
 from target.errors import PlanError
 from target.moe import Experts, MoE
-from target.parallel import Axis
+from target.parallel import Axis, in_collective
 from target.shards import ROWS, Cut, ShardFiles
 from target.weights import Slot
 
@@ -41,7 +41,8 @@ _scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 def _home(x: Tensor, group: str, size: int) -> Tensor:
     named: Any = c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type, unused-ignore]
     own = x.new_empty(len(x) // size, *x.shape[1:])
-    _scatter(own, x, group=named)
+    with in_collective(group):
+        _scatter(own, x, group=named)
     return own
 
 

@@ -3,8 +3,10 @@
 Owns: which modules take them, and when a product ends in SiLU. Must never know device code or models. The seven are
 norm with residual add, qkv, attention (per-head norms, rotation, storing keys and values, split passes and their
 joining, which is a kernel of its own where that is faster), o, norm with residual add, gate and up with SiLU-mul, down.
+Gated attention has a copy and the gate beside these; a gated DeltaNet layer two products, gates, rows, the rule, gated
+norm and o in place of the three of attention.
 Torch's pieces stay the oracle, the way on a CPU and the only ones with a gradient; what has no fused form (latent
-attention, routed experts, recurrent layers) keeps them between fused norms.
+attention, routed experts) keeps them between fused norms.
 
 Against torch's pieces on the same input: sums, rotations and stored keys round in the same places, norms
 differ by at most one unit in the last place of the model's type, SiLU-mul by two.
@@ -19,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from target.attention.base import Attend, Turn, fused_form
+from target.deltanet import GatedDeltaNet, SiluGatedNorm
 from target.errors import PlanError
-from target.layers import GatedMLP, Pieces, RMSNorm, SelfAttention, ZeroCentredNorm
+from target.gated import GatedAttention
+from target.layers import Attends, GatedMLP, Pieces, RMSNorm, SelfAttention, ZeroCentredNorm
 from target.pdl import pdl_on
 from target.products import (
     TUNED_TYPES,
@@ -66,12 +70,12 @@ class FusedPieces(Pieces):
         weight, eps = (None, 0.0) if other is None else (other.weight, other.eps)
         return launch_beside(tokens, table, weight, eps, x, norm.weight, norm.eps, self.pdl)
 
-    def attend(self, layer: SelfAttention, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def attend(self, layer: Attends, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         fused = fused_form(attend)
         if fused is None:
             return super().attend(layer, qkv, cos, sin, attend)
         q, k = layer.q_norm, layer.k_norm
-        norms = (q.weight, k.weight, q.eps) if q is not None and k is not None else ()
+        norms = (q.factor, k.factor, q.eps) if q is not None and k is not None else ()
         return fused(layer.layer, qkv, Turn(cos, sin, *norms), layer.window)
 
     def gated(self, gate_up: nn.Module, x: Tensor) -> Tensor:
@@ -84,6 +88,16 @@ class FusedPieces(Pieces):
             return launch_silu_mul(gate_up(x), self.pdl)
         after = behind(gate_up.product, gate_up.weight, rows)
         return launch_gated(x, gate_up.weight, gate_up.bias, launched(config, self.pdl), after)
+
+    def delta_gates(self, b: Tensor, a: Tensor, a_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        from target.kernels.deltanet_parts import launch_gates
+
+        return launch_gates(b, a, a_log, bias, self.pdl)
+
+    def silu_gated_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        from target.kernels.deltanet_parts import launch_gated_norm
+
+        return launch_gated_norm(x, gate, weight, eps, self.pdl)
 
 
 def _norm(norm: RMSNorm, x: Tensor, more: Tensor | None, pdl: bool) -> tuple[Tensor, Tensor]:
@@ -114,7 +128,7 @@ def fuse(*models: nn.Module | None, pdl: bool = False) -> int:
     """Give the layers of models the fused pieces, on whatever device they are; how many modules took them."""
     taken, pieces = 0, FUSED_PDL if pdl else FUSED
     for module in (module for model in models if model is not None for module in model.modules()):
-        if isinstance(module, SelfAttention | GatedMLP) or (
+        if isinstance(module, SelfAttention | GatedAttention | GatedMLP | GatedDeltaNet | SiluGatedNorm) or (
             isinstance(module, RMSNorm) and module.weight.numel() <= LARGEST_NORM
         ):
             module.pieces = pieces

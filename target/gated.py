@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from target.attention.base import Attend
 from target.config_moe import MoeConfig
-from target.layers import ZeroCentredNorm
+from target.deltanet import HybridAttend
+from target.layers import TORCH, ZeroCentredNorm
 from target.moe import MoE
-from target.rope import rotate
 
 
 class GatedAttention(nn.Module):
@@ -21,6 +21,9 @@ class GatedAttention(nn.Module):
     As Qwen3-Next and Qwen3.5 have it: zero-centred norms of queries and keys by head, and rotation of the first part
     of a head. The rows of `qkv` hold query and gate of each head side by side, then keys, then values.
     """
+
+    pieces = TORCH
+    window = None
 
     def __init__(
         self, layer: int, size: int, heads: int, kv_heads: int, head_dim: int, norm_eps: float, bias: bool = False
@@ -34,12 +37,12 @@ class GatedAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [R, T, size], cos and sin of Rope [R, T, 1, rotary_dim] -> [R, T, size]."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        queries, k, v = qkv.split_with_sizes((2 * self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        whole = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        queries, kv = whole.split_with_sizes((2 * self.heads, 2 * self.kv_heads), dim=-2)
         q, gate = queries.unflatten(-2, (self.heads, 2)).unbind(-2)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = attend(self.layer, q, k, v, None) * gate.sigmoid()
-        return self.o(out.flatten(-2))  # type: ignore[no-any-return]
+        attend = attend.attend if isinstance(attend, HybridAttend) else attend
+        out = self.pieces.attend(self, torch.cat((q, kv), dim=-2), cos, sin, attend)
+        return self.o((out * gate.sigmoid()).flatten(-2))  # type: ignore[no-any-return]
 
 
 class GatedSharedMoE(MoE):

@@ -5,6 +5,8 @@ Owns: the arithmetic of one layer. Must never know models, caches or files.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,23 @@ from torch import Tensor, nn
 from target.attention.base import Attend
 from target.products import Linear
 from target.rope import rotate
+
+
+class Attends(Protocol):
+    """A layer of grouped-query attention, as pieces see it."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def window(self) -> int | None: ...
+
+    @property
+    def q_norm(self) -> RMSNorm | None: ...
+
+    @property
+    def k_norm(self) -> RMSNorm | None: ...
 
 
 class Pieces:
@@ -31,7 +50,7 @@ class Pieces:
         embedding = F.embedding(tokens, table)
         return torch.cat((embedding if other is None else other(embedding), norm(x)), dim=-1)
 
-    def attend(self, layer: SelfAttention, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def attend(self, layer: Attends, qkv: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """qkv [R, T, heads + 2 kv_heads, head_dim], cos and sin [R, T, 1, dim] -> [R, T, heads, head_dim]."""
         qk, v = qkv.split_with_sizes((layer.heads + layer.kv_heads, layer.kv_heads), dim=-2)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -44,6 +63,18 @@ class Pieces:
         """silu(gate(x)) * up(x) of merged weights: x [..., size] -> [..., inner]."""
         gate, up = gate_up(x).chunk(2, dim=-1)
         return F.silu(gate) * up  # type: ignore[no-any-return]
+
+    def delta_gates(self, b: Tensor, a: Tensor, a_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """What a gated delta rule keeps of its state and how far it corrects it: [..., heads] float32 in (0, 1).
+
+        b and a [..., heads], a_log and bias [heads] float32.
+        """
+        return (-a_log.exp() * F.softplus(a.float() + bias)).exp(), b.float().sigmoid()
+
+    def silu_gated_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight * silu(gate): x [..., heads, size] float32 -> the gate's shape and type."""
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return (weight * (x * scale).to(gate.dtype) * F.silu(gate.float())).to(gate.dtype)
 
 
 TORCH = Pieces()
@@ -62,6 +93,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pieces.norm(self, x)
+
+    @property
+    def factor(self) -> Tensor:
+        """What a normed row is multiplied by, [size]."""
+        return self.weight
 
     def after(self, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual stream x [..., size] with what is still to be added to it, and the norm of that."""
@@ -91,8 +127,12 @@ class ZeroCentredNorm(RMSNorm):
         super().__init__(size, eps)
         nn.init.zeros_(self.weight)
 
+    @property
+    def factor(self) -> Tensor:
+        return self.weight.float() + 1
+
     def normed(self, x: Tensor) -> Tensor:
-        weight = self.weight.float() + 1
+        weight = self.factor
         if x.is_cpu and x.dtype == torch.float32:
             return self._float32_cpu(x, weight)
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)

@@ -10,7 +10,8 @@ need are computed by each; latents (MLA) by all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import product
@@ -30,7 +31,7 @@ from target.errors import PlanError
 from target.layers import GatedMLP, SelfAttention
 from target.moe import MoE
 from target.products import Linear
-from target.readout import Asked, Noise, Readout, read_logits
+from target.readout import Asked, Keep, Noise, Readout, read_logits
 
 TENSOR = "tensor"
 
@@ -45,17 +46,28 @@ def _named(group: str) -> dist.ProcessGroup:
     return found
 
 
+Waiting = Callable[[], AbstractContextManager[None]]
+_waiting: dict[str, Waiting] = {}  # by group, as torch keeps the groups themselves: an operation knows only the name
+
+
+def in_collective(group: str) -> AbstractContextManager[None]:
+    """What every collective of a group is in while it is called, also where a recording on a CPU calls it again."""
+    return _waiting.get(group, nullcontext)()
+
+
 _gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
-    dist.all_reduce(x, group=_named(group))
+    with in_collective(group):
+        dist.all_reduce(x, group=_named(group))
     return x
 
 
 def _gather(x: Tensor, group: str, size: int) -> Tensor:
     out = x.new_empty(size, *x.shape)
-    _gather_into(out, x.contiguous()[None], group=_named(group))
+    with in_collective(group):
+        _gather_into(out, x.contiguous()[None], group=_named(group))
     return out
 
 
@@ -76,6 +88,10 @@ class Axis:
     def process_group(self) -> dist.ProcessGroup:
         """For sends from rank to rank; an axis of one rank has none."""
         return _named(self.group)
+
+    def on_collectives(self, waiting: Waiting) -> None:
+        """Call every collective of this axis inside `waiting()`."""
+        _waiting[self.group] = waiting
 
     def sum(self, x: Tensor) -> Tensor:
         """Add `x` (contiguous) up over the ranks, in place; all ranks get the same bits."""
@@ -183,6 +199,9 @@ def vocabulary_rows(vocab: int, size: int) -> int:
     return -(-vocab // size)
 
 
+PARTS = (SelfAttention, LatentAttention, GatedMLP, MoE)  # of a layer
+
+
 class ParallelDecoder(Decoder):
     """The shard of a target that one rank holds. `config` is the shard's, `whole` the target's.
 
@@ -209,7 +228,7 @@ class ParallelDecoder(Decoder):
         """Each rank answers for its own rows of the vocabulary, and a few numbers of each are gathered."""
         rows, first = self.head_weight.shape[0], self.axis.rank * self.head_weight.shape[0]
         fewest = self.whole.vocab_size - (self.axis.size - 1) * rows
-        if asked.best > fewest or (asked.keep is not None and 2 * asked.keep.width > rows):
+        if asked.best > fewest or (asked.keep is not None and not 0 < 2 * asked.keep.width <= rows):
             return None
         mine = min(rows, self.whole.vocab_size - first)  # padding is no token
         ids = asked.ids
@@ -219,16 +238,22 @@ class ParallelDecoder(Decoder):
         return None if found is None else merge(found._replace(columns=found.columns + first), self.axis)
 
     def _read_own(self, final: Tensor, weight: Tensor, asked: Asked) -> Readout | None:
+        if asked.keep is not None:
+            asked = asked._replace(keep=self._of_all(asked.keep))
         found = self.ask(final, weight, self.product, asked)
         if found is not None or (asked.keys is not None and self.noise is None):
             return found
         logits = self.product(final.flatten(0, -2), weight, None)
-        return read_logits(logits, asked, self.noise or _no_noise, self._best_of_all)
+        return read_logits(logits, asked, self.noise or _no_noise)
 
-    def _best_of_all(self, own: Tensor) -> Tensor:
-        """The best values [N, K] of all ranks' columns from the best of each rank's."""
-        found = self.axis.gather(own).movedim(0, 1).flatten(1)
-        return found.topk(own.shape[1], dim=1).values
+    def _of_all(self, keep: Keep) -> Keep:
+        """A filter that hears each rank's own best values and judges by the best of all."""
+
+        def floor(own: Tensor) -> Tensor:
+            found = self.axis.gather(own).movedim(0, 1).flatten(1)
+            return keep.floor(found.topk(own.shape[1], dim=1).values)
+
+        return Keep(keep.width, floor)
 
     def table(self, shard: Tensor) -> Tensor:
         """The whole of a table over the vocabulary of which each rank holds a `shard`."""
@@ -287,7 +312,7 @@ def add_up(layers: nn.Module, axis: Axis) -> None:
     """Let every attention and MLP inside end in the sum over the ranks of an axis."""
     if axis.size == 1:
         return
-    if isinstance(layers, SelfAttention | LatentAttention | GatedMLP | MoE):
+    if isinstance(layers, PARTS):
         layers.register_forward_hook(lambda module, inputs, partial: axis.sum(partial))
         return
     for child in layers.children():

@@ -1,7 +1,7 @@
-"""What is asked about logits, and who answers it without writing them down.
+"""What is asked about logits, and who answers it: from the weights, without writing them down, or from written ones.
 
-Owns: the question, the answer, the torch twin that answers from written logits, and which models read the vocabulary
-matrix by the kernel. Must never know sampling rules, drafts or device code.
+Owns: the question, the answer, the torch twin that answers from written logits, and which models answer by kernels.
+Must never know sampling rules, drafts or device code.
 
 A row's answer follows from its own input and the question alone: the order of a sum depends on the shape of the
 weights, never on the number of rows. Among equal scores the smallest column wins.
@@ -25,11 +25,15 @@ ROWS = 64  # with more, one pass over the weights no longer pays for all of them
 READ = Config(block_n=64, block_k=128, stages=3)  # two programs of a Hopper multiprocessor at a time
 
 
+Find = Callable[[Tensor, Tensor | None], Tensor]  # (logits [N, V], temperature [N]) -> the least value kept [N, 1]
+
+
 class Keep(NamedTuple):
     """A filter that knows from a row's best values which others are excluded."""
 
-    width: int  # how many of the best it has to see
-    floor: Callable[[Tensor], Tensor]  # those [N, width] in descending order -> the least that is kept [N, 1]
+    width: int  # how many of the best it has to see; 0 is all
+    floor: Callable[[Tensor], Tensor]  # those [N, width] in descending order -> the least that is kept [N, 1] float32
+    find: Find | None = None  # the same from a row's logits, where a kernel can
 
 
 class Asked(NamedTuple):
@@ -43,7 +47,7 @@ class Asked(NamedTuple):
     temperature: Tensor | None = None  # [N] float32; None is 0 everywhere
     keys: Tensor | None = None  # [N] int64, which noise; None is no noise. Needs a temperature.
     ids: Tensor | None = None  # [V] int64, what the noise calls every column; None is 0..V - 1
-    ranked: bool = False  # totals of values and of scores, instead of the total of logits
+    ranked: bool = False  # totals of values that are kept and of scores, instead of the total of logits
     keep: Keep | None = None  # None keeps all
 
 
@@ -52,8 +56,8 @@ class Readout(NamedTuple):
 
     columns: Tensor  # [N, best] int64, descending by score
     scores: Tensor  # [N, best] float32
-    logits: Tensor  # [N, best] float32, those of the columns
-    total: Tensor  # [N] float32, logsumexp of the logits, of the values where `ranked`
+    logits: Tensor  # [N, best] float32, those of the columns, -inf where they are excluded
+    total: Tensor  # [N] float32, logsumexp of the logits, of the kept values where `ranked`
     score_total: Tensor | None  # [N] float32, logsumexp of the scores where `ranked`
     finite: Tensor  # [N] bool: every logit is
 
@@ -62,25 +66,22 @@ Noise = Callable[[Tensor, Tensor], Tensor]  # (keys [N], ids [V]) -> standard Gu
 Reader = Callable[[Tensor, Tensor, Product, Asked], Readout | None]  # (x [N, H], weight [V, H], product, asked)
 
 
-def read_logits(logits: Tensor, asked: Asked, noise: Noise, join: Callable[[Tensor], Tensor] | None = None) -> Readout:
-    """The twin: answer from logits [N, V] of any type.
-
-    Where these are a part of the columns, `join` makes the best values [N, K] of all columns from those of the part.
-    """
+def read_logits(logits: Tensor, asked: Asked, noise: Noise) -> Readout:
+    """The twin: answer from logits [N, V] of any type."""
     exact = logits.float()
     values = exact if asked.temperature is None else exact / _divisor(asked.temperature)[:, None]
-    scores = values
+    scores, said = values, exact
     if asked.keys is not None and asked.temperature is not None:
         ids = torch.arange(logits.shape[1], device=logits.device) if asked.ids is None else asked.ids
         scores = values + noise(asked.keys, ids) * (asked.temperature > 0)[:, None]
     if asked.keep is not None:
-        best = _best_values(values, asked.keep.width)
-        scores = scores.masked_fill(values < asked.keep.floor(join(best) if join else best), -math.inf)
+        excluded = values < asked.keep.floor(_best_values(values, asked.keep.width))
+        scores, values, said = (part.masked_fill(excluded, -math.inf) for part in (scores, values, said))
     columns = _best_columns(scores, asked.best)
     return Readout(
         columns=columns,
         scores=scores.gather(1, columns),
-        logits=exact.gather(1, columns),
+        logits=said.gather(1, columns),
         total=(values if asked.ranked else exact).logsumexp(-1),
         score_total=scores.logsumexp(-1) if asked.ranked else None,
         finite=exact.isfinite().all(-1),
@@ -94,7 +95,9 @@ def _best_columns(scores: Tensor, best: int) -> Tensor:
 
 
 def _best_values(values: Tensor, width: int) -> Tensor:
-    """[N, width] in descending order, -inf past the last column."""
+    """[N, width] in descending order, -inf past the last column; all values for a width of 0."""
+    if not width:
+        return values.sort(dim=1, descending=True).values
     best = values.topk(min(width, values.shape[1]), dim=1).values
     return torch.nn.functional.pad(best, (0, width - best.shape[1]), value=-math.inf)
 
@@ -131,14 +134,20 @@ def choose_readers(device: torch.device, *models: nn.Module | None) -> int:
     return len(found)
 
 
-# ---- the kernel ----
+# ---- the kernels ----
 
 
 def read_by_kernel(x: Tensor, weight: Tensor, product: Product, asked: Asked) -> Readout | None:
-    """Answer in one pass over the weights; None where the logits have to be written first."""
-    config = reading_config(product, weight, x.shape[0])
-    if config is None or asked.keep is not None or asked.best > min(MOST, weight.shape[0]):
+    """Answer in one pass over the weights where that pays, else from logits that the product writes.
+
+    None where more of the best are asked for than kernels keep. Both round logits to the weights' type, but of the same
+    sums only in fixed order.
+    """
+    if asked.best > min(MOST, weight.shape[0]):
         return None
+    config = None if asked.keep is not None else reading_config(product, weight, x.shape[0])
+    if config is None:
+        return read_written(product(x, weight, None), asked)
     from target.kernels.lm_head import launch_read
 
     return launch_read(
@@ -146,8 +155,30 @@ def read_by_kernel(x: Tensor, weight: Tensor, product: Product, asked: Asked) ->
     )
 
 
+def read_written(logits: Tensor, asked: Asked) -> Readout:
+    """`read_logits` by kernels, in one pass over logits [N, V] and those that a filter takes to find its floor.
+
+    The noise is that of `speculator.sampling.gumbel`; at most MOST of the best can be asked for.
+    """
+    from target.kernels.lm_head import launch_written
+
+    return launch_written(logits, asked, _least(logits, asked), pdl_on(logits.device))
+
+
+def _least(logits: Tensor, asked: Asked) -> Tensor | None:
+    """The least values [N, 1] that are kept; None where all are."""
+    if asked.keep is None:
+        return None
+    if asked.keep.find is not None:
+        return asked.keep.find(logits, asked.temperature)
+    values = logits.float()
+    if asked.temperature is not None:
+        values = values / _divisor(asked.temperature)[:, None]
+    return asked.keep.floor(_best_values(values, asked.keep.width))
+
+
 def reading_config(product: Product, weight: Tensor, rows: int) -> Config | None:
-    """How the product is cut up, the same for any number of rows; None where it stays by itself.
+    """How the product is cut up, the same for any number of rows; None where its logits are written.
 
     In fixed order written logits and read ones are the same bits, so a row's tokens do not depend on which it met.
     """

@@ -27,7 +27,8 @@ class Rope(nn.Module):
     this one when decoding token by token).
     """
 
-    inverse: Tensor
+    inverse: Tensor  # [dim / 2]
+    signed: Tensor  # [dim], what the angle of each value of a head is by position
     tables: Tables | None = None  # a kernel in place of torch's operations
 
     def __init__(self, config: RopeConfig, dim: int, interleaved: bool = False) -> None:
@@ -35,11 +36,13 @@ class Rope(nn.Module):
         self.config, self.dim, self.interleaved = config, dim, interleaved
         inverse, self.amplitude = _inverse_frequencies(config, dim)
         self.register_buffer("inverse", inverse, persistent=False)
+        self.register_buffer("signed", self._signed(inverse), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the module to another device, but never to a narrower dtype and never without values."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.inverse = _inverse_frequencies(self.config, self.dim)[0].to(self.inverse.device)
+        self.signed = self._signed(self.inverse)
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -49,17 +52,21 @@ class Rope(nn.Module):
         """
         if self.tables is not None and self.config.kind != "dynamic":
             return self.tables(positions, self.inverse, self.amplitude, self.interleaved, dtype)
-        angles = positions[..., None, None].float() * self._inverse(positions)
-        cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
-        if self.interleaved:
-            pairs = torch.stack((cos, cos), dim=-1), torch.stack((-sin, sin), dim=-1)
-            return pairs[0].flatten(-2).to(dtype), pairs[1].flatten(-2).to(dtype)
-        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+        rates = self._signed(self._stretched(positions)) if self.config.kind == "dynamic" else self.signed
+        angles = positions[..., None, None] * rates
+        cos, sin = angles.cos(), angles.sin()
+        if self.amplitude != 1.0:
+            cos, sin = cos * self.amplitude, sin * self.amplitude
+        return cos.to(dtype), sin.to(dtype)
 
-    def _inverse(self, positions: Tensor) -> Tensor:
-        """[dim / 2], or [..., 1, dim / 2] where it depends on the position."""
-        if self.config.kind != "dynamic":
-            return self.inverse
+    def _signed(self, inverse: Tensor) -> Tensor:
+        """[..., dim / 2] -> [..., dim]: both members of each pair, the first one turning backwards."""
+        if self.interleaved:
+            return torch.stack((-inverse, inverse), dim=-1).flatten(-2)
+        return torch.cat((-inverse, inverse), dim=-1)
+
+    def _stretched(self, positions: Tensor) -> Tensor:
+        """[..., 1, dim / 2] inverse frequencies of the kind `dynamic`."""
         trained, factor = self.config.max_position, float(self.config.scaling["factor"])
         length = (positions + 1).clamp(min=trained).double()
         stretch = (factor * length / trained - (factor - 1)) ** (self.dim / (self.dim - 2))

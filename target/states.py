@@ -17,6 +17,7 @@ from target.attention.choose import OVERRIDE
 from target.batch import Batch
 from target.deltanet import DeltaInputs, DeltaRows, HybridAttend, delta_rows, delta_rule, replay, window_after
 from target.errors import PlanError
+from target.pdl import pdl_on
 from target.products import kernels_need
 
 
@@ -37,6 +38,9 @@ class StateShape(NamedTuple):
 class Rule(Protocol):
     """The recurrence over slots [R] int64 of one layer's matrices [slots, heads, key_dim, value_dim]."""
 
+    def rows(self, inputs: DeltaInputs, windows: Tensor, slots: Tensor) -> tuple[Tensor, DeltaRows]:
+        """`delta_rows` after the inputs that windows [slots, kernel - 1, channels] hold."""
+
     def read(
         self, store: Tensor, slots: Tensor, q: Tensor, rows: DeltaRows, counts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -48,6 +52,9 @@ class Rule(Protocol):
 
 class TorchRule:
     """Token by token in torch: the oracle."""
+
+    def rows(self, inputs: DeltaInputs, windows: Tensor, slots: Tensor) -> tuple[Tensor, DeltaRows]:
+        return delta_rows(inputs, windows.index_select(0, slots))
 
     def read(
         self, store: Tensor, slots: Tensor, q: Tensor, rows: DeltaRows, counts: Tensor | None
@@ -65,7 +72,7 @@ def rule_for(device: torch.device) -> Rule:
         return TorchRule()
     from target.kernels.deltanet import TritonRule
 
-    return TritonRule()
+    return TritonRule(pdl_on(device))
 
 
 class StateCache:
@@ -97,18 +104,21 @@ class StateCache:
         self.windows.index_fill_(1, slots, 0)
         self.matrices.index_fill_(1, slots, 0)
 
+    def advance(self, slots: Tensor, kept: DeltaRows, counts: Tensor) -> None:
+        """Replay the first `counts` [R] tokens of `kept`, parts [layers, R, ...], in slots [R] of all layers at once.
+
+        One launch for all of them: a commit is not recorded, and a launch for each would take longer than its work.
+        """
+        layers = torch.arange(len(self.matrices), device=slots.device)
+        places, counts = (layers[:, None] * self.slots + slots).flatten(), counts.repeat(len(layers))
+        rows = DeltaRows(*(part.flatten(0, 1) for part in kept))
+        self.rule.replay(self.matrices.flatten(0, 1), places, rows, counts)
+        self.windows.flatten(0, 1).index_copy_(0, places, window_after(rows.window, counts, self.kernel))
+
     def copy(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots [N] int64 to others; all are read before any is written."""
         for store in (self.windows, self.matrices):
             store.index_copy_(1, destination, store.index_select(1, source))
-
-
-class _Kept(NamedTuple):
-    """What a pass leaves of one layer: the rows to replay, or where they end."""
-
-    window: Tensor
-    rows: DeltaRows | None
-    end: Tensor | None
 
 
 class StatePass:
@@ -121,48 +131,56 @@ class StatePass:
     - of a pass that rejects nothing, a prompt's or a plain decoding step, whose `counts` [R] valid tokens are known
       before it runs: only the states after them are kept, and `commit()` writes them.
     A row with count 0 keeps its state; padded rows have the null slot and count 0. Nothing is read on the host, so
-    pass and commit can be recorded, together or apart: `kept` names what a recording must hold on to between them.
+    pass and commit can be recorded, together or apart: `kept` is what a recording must hold on to between them.
     """
 
     def __init__(self, states: StateCache, slots: Tensor, counts: Tensor | None = None) -> None:
         self.states, self.slots, self.counts = states, slots, counts
-        self._kept: dict[int, _Kept] = {}
+        self._rows: dict[int, DeltaRows] = {}  # to replay
+        self._ends: dict[int, tuple[Tensor, Tensor]] = {}  # window and matrices after the counts
+        self._whole: DeltaRows | None = None
 
     @property
-    def kept(self) -> list[tuple[Tensor | None, ...]]:
-        return [(k.window, *(k.rows or ()), k.end) for k in self._kept.values()]
+    def kept(self) -> DeltaRows | None:
+        """What a pass that verifies drafts kept of all its layers, each part [layers, R, ...]; None of any other.
+
+        Put together when it is first asked for, which ends the pass.
+        """
+        if self._rows:
+            self._whole = DeltaRows(*(torch.stack(part) for part in zip(*self._rows.values(), strict=True)))
+            self._rows = {}
+        return self._whole
 
     def recur(self, layer: int, inputs: DeltaInputs) -> Tensor:
         """[R, T, value_heads, value_dim] float32; see DeltaInputs."""
         states = self.states
-        q, rows = delta_rows(inputs, states.windows[layer].index_select(0, self.slots))
+        q, rows = states.rule.rows(inputs, states.windows[layer], self.slots)
         out, end = states.rule.read(states.matrices[layer], self.slots, q, rows, self.counts)
-        self._kept[layer] = _Kept(rows.window, rows if end is None else None, end)
+        if end is None or self.counts is None:
+            self._rows[layer] = rows
+        else:
+            self._ends[layer] = window_after(rows.window, self.counts, states.kernel), end
         return out
 
-    def adopt(self, kept: Sequence[tuple[Tensor | None, ...]]) -> None:
+    def adopt(self, kept: DeltaRows) -> None:
         """What a recorded pass over these slots kept, in place of running it: R rows or more of a pass's `kept`."""
-        rows = len(self.slots)
-        for layer, parts in enumerate(kept):
-            window, *held, end = (None if part is None else part[:rows] for part in parts)
-            assert window is not None
-            self._kept[layer] = _Kept(window, DeltaRows(*held) if held else None, end)  # type: ignore[arg-type]
+        self._whole = DeltaRows(*(part[:, : len(self.slots)] for part in kept))
 
     def commit(self, accepted: Tensor | None = None) -> None:
         """Move the states on by `accepted` [R] int64 tokens of each row, or by the counts given at the start."""
         counts = self._agreed(accepted)
-        for layer, kept in self._kept.items():
-            windows, matrices = self.states.windows[layer], self.states.matrices[layer]
-            if kept.end is not None:
-                matrices.index_copy_(0, self.slots, kept.end)
-            elif kept.rows is not None:
-                self.states.rule.replay(matrices, self.slots, kept.rows, counts)
-            windows.index_copy_(0, self.slots, window_after(kept.window, counts, self.states.kernel))
-        self._kept.clear()
+        if (kept := self.kept) is not None:
+            self.states.advance(self.slots, kept, counts)
+        for layer, (window, end) in self._ends.items():
+            self.states.windows[layer].index_copy_(0, self.slots, window)
+            self.states.matrices[layer].index_copy_(0, self.slots, end)
+        self._rows, self._ends, self._whole = {}, {}, None
 
     def _agreed(self, accepted: Tensor | None) -> Tensor:
-        if len(self._kept) != len(self.states.matrices):
-            text = f"{len(self._kept)} of {len(self.states.matrices)} recurrent layers ran since the last commit"
+        ran = len(self._rows or self._ends if self._whole is None else self._whole.k)
+        layers = len(self.states.matrices)
+        if ran != layers:
+            text = f"{ran} of {layers} recurrent layers ran since the last commit"
             raise PlanError(f"a pass over states commits once, after it has run: {text}")
         counts = self.counts if accepted is None else accepted
         if counts is None:

@@ -44,7 +44,6 @@ from target.readout import Asked
 QUERIES = (1, 8)
 SIZES = (1, 2, 4)
 RESULT = "RANKS "  # before what rank 0 of a gang prints for the process that started it
-SECONDS = 600  # that a gang may take
 STALL = 120.0
 
 
@@ -90,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--depth", type=int, default=7)
     p.add_argument("--accept", type=float, default=4.0, help="tokens that a round is forced to commit, on average")
     p.add_argument("--rounds", type=int, default=40)
+    p.add_argument("--limit", type=int, default=300, help="seconds that a gang may take")
     p.add_argument("--json", type=Path)
     p.add_argument("--starts", type=int, help="instead start so many gangs of a tiny pair and break most of them")
     p.add_argument("--seed", type=int, default=0, help="of the faults")
@@ -140,7 +140,7 @@ def _gang(args: argparse.Namespace, size: int) -> dict[str, Any]:
     shared = variables(size, "", "")
     ranks = [_start(command, shared, rank) for rank in range(size)]
     try:
-        failed = _wait(ranks)
+        failed = _wait(ranks, args.limit)
     finally:
         for process in ranks:
             process.kill()
@@ -151,9 +151,9 @@ def _gang(args: argparse.Namespace, size: int) -> dict[str, Any]:
     return {"ranks": size, **json.loads(found[0].removeprefix(RESULT))}
 
 
-def _wait(ranks: Sequence[subprocess.Popen[str]]) -> str:
+def _wait(ranks: Sequence[subprocess.Popen[str]], limit: float) -> str:
     """Until rank 0 has ended; which rank failed before, "" for none. What rank 0 prints fits into its pipe."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         if ranks[0].poll() == 0:
             return ""
@@ -161,7 +161,7 @@ def _wait(ranks: Sequence[subprocess.Popen[str]]) -> str:
         if failed:
             return "rank {} ended with exit code {}".format(*failed[0])
         time.sleep(0.05)
-    return f"it was not done after {SECONDS} s"
+    return f"it was not done after {limit} s"
 
 
 def _own(args: argparse.Namespace) -> list[str]:

@@ -30,7 +30,7 @@ PHASES = {
     "load": ("target|head", 50),
     "warm-up": ("warm-up", 10),
     "capture": ("graphs", 10),
-    "serving": ("a step", 40),
+    "serving": ("step", 40),
 }
 SERVING = "serving"
 READY = "listening on "
@@ -198,7 +198,8 @@ def serve_command(
 ) -> list[str]:
     """A gang on this machine, with recorded passes; of `stages` times so many ranks."""
     sets = ["server.metrics_port=0", "engine.max_sessions=2", "engine.max_context=256", "graphs.rows=1",
-            "graphs.prompt_tokens=16", "parallel.silent_s=4", "policy.mode=off"]  # fmt: skip
+            "graphs.prompt_tokens=16", "parallel.silent_s=4", "parallel.stalled_s=10",
+            "parallel.starting_s=20", "policy.mode=off"]  # fmt: skip
     flags = ["--tensor-parallel", str(ranks), "--device", device, "--port", "0", "--threads", "1"]
     flags += ["--graphs", graphs if stages == 1 else "split", "--pipeline-parallel", str(stages)]
     models = ["--target", str(target), "--head", str(head), "--depth", "2"]

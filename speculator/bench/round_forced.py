@@ -18,6 +18,7 @@ SURE = 3e4  # a logit that every float type holds and nothing else reaches
 DRAWN = 1024  # depths that are drawn ahead and used in turns
 GOLDEN = 0.6180339887498949  # what spreads points evenly, however many
 STRIDE = 37  # between the draws of two rows
+MOST_ROWS = 4096  # of a batch
 
 
 def conditional(mean: float, depth: int) -> float:
@@ -41,35 +42,53 @@ class Depths:
         survival = conditional(mean, depth) ** torch.arange(1, depth + 1, dtype=torch.float64)
         points = (torch.arange(DRAWN, dtype=torch.float64) * GOLDEN + 0.5) % 1  # every few of them are spread evenly
         self.drawn = (points[:, None] < survival).sum(1).to(device)
-        self.turn = torch.zeros((), dtype=torch.int64, device=device)
+        self.turns = torch.empty(MOST_ROWS, dtype=torch.int64, device=device)
+        self.restart()
 
     def restart(self) -> None:
         """From the first draw again, so that two ways of running are asked the same."""
-        self.turn.zero_()
+        self.turns.copy_(STRIDE * torch.arange(MOST_ROWS))
 
     def next(self, rows: int) -> Tensor:
         """[R] int64; every call takes the next ones, in a recorded pass too."""
-        self.turn.add_(1)
-        return self.drawn[(self.turn + STRIDE * torch.arange(rows, device=self.turn.device)) % DRAWN]
+        self.turns.add_(1).remainder_(DRAWN)
+        return self.drawn.index_select(0, self.turns[:rows])
 
 
 def bend(verified: Verified, batch: Batch, levels: Tensor) -> Verified:
     """Answers under which row r accepts the first `levels[r]` nodes on the way to its deepest one, and no other."""
-    parents, depths, way = _tree(batch)
-    wanted = (way & (depths <= levels[:, None]))[:, 1:]
-    below, drafted = parents[:, 1:], batch.tokens[:, 1:]
+    drafted = batch.tokens[:, 1:]
 
     def logits() -> Tensor:
+        below, wanted = _wanted(batch, levels)
         value = torch.where(wanted, SURE, -SURE).to(verified.logits.dtype)
-        rows = torch.arange(len(parents), device=parents.device)[:, None].expand_as(value)
+        rows = torch.arange(len(drafted), device=drafted.device)[:, None].expand_as(value)
         verified.logits[rows, below, drafted] = value
         return verified.logits
 
     def read(asked: Asked) -> Readout | None:
         found = verified.read(asked)
-        return None if found is None else found._replace(columns=_bent(found.columns, batch.tokens, below, wanted))
+        if found is None:
+            return None
+        if batch.ancestors is None:
+            return found._replace(columns=_bent_chain(found.columns, batch.tokens, levels))
+        return found._replace(columns=_bent(found.columns, batch.tokens, *_wanted(batch, levels)))
 
     return Verified(verified.features, logits, read)
+
+
+def _wanted(batch: Batch, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of drafted nodes [R, T - 1] their parents, and whether they are to be accepted."""
+    parents, depths, way = _tree(batch)
+    return parents[:, 1:], (way & (depths <= levels[:, None]))[:, 1:]
+
+
+def _bent_chain(columns: Tensor, tokens: Tensor, levels: Tensor) -> Tensor:
+    """`_bent` of chains in few operations, since they are on the clock: a refused token gives way to its neighbour."""
+    drafted, steps = tokens[:, 1:], torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    bent = columns.view_as(tokens)
+    bent[:, :-1] = torch.where(steps < levels[:, None], drafted, (drafted - 1).abs())
+    return columns
 
 
 def _bent(columns: Tensor, tokens: Tensor, below: Tensor, wanted: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (SAMPLING, ("argmax", "argmin", "topk", "sort", "gumbel", "softmax", "multinomial", "logsumexp", "radix",
                 "cumsum", "scan", "accept", "verdict", "draw", "partials", "merge_kernel", "note_kernel", "judge",
                 "begin_kernel", "begin_tree", "settle_kernel", "grow_kernel", "select_kernel", "hold_kernel",
-                "move_kernel")),
+                "move_kernel", "written_kernel", "floor_kernel")),
     (ATTENTION, ("attention", "attend", "flash", "fmha", "mha_", "split_kernel", "combine_kernel", "decode_kernel",
                  "plan_kernel", "store_kernel", "rule_kernel", "mla")),
     (PRODUCTS, ("gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma", "splitk", "product", "sum_kernel", "gated_kernel",

@@ -13,22 +13,41 @@ from rich.table import Table
 
 TIMES = ("ms", "floor_ms", "of_floor")
 WIDE = 150  # columns, where no terminal says how many there are
-WORDS = ("round", "peer", "error", "drafts")
+WORDS = ("round", "peer", "error", "drafts", "way", "first", "accepted")
+
+Tables = Iterable[tuple[str, Sequence[str], Sequence[Mapping[str, Any]]]]  # title, columns, rows
 
 
 def show(report: Mapping[str, Any]) -> None:
     """Print a report."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDE)
+    console = _console()
     console.print(report["provenance"])
     for shape in report["shapes"]:
         _show_shape(shape, console)
 
 
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
+
+
+def show_tables(provenance: Mapping[str, Any], title: str, bandwidth: float | None, tables: Tables) -> None:
+    """Print one shape's tables under their title; `bandwidth` in TB/s, None where it was not measured."""
+    console = _console()
+    console.print(provenance)
+    _show_tables(title, bandwidth, tables, console)
+
+
+def _show_tables(title: str, bandwidth: float | None, tables: Tables, console: Console) -> None:
+    console.print(f"\n[bold]{title}[/]")
+    if bandwidth is not None:
+        console.print(f"copy bandwidth in this run: {bandwidth:.2f} TB/s")
+    for name, columns, rows in tables:
+        if rows:
+            console.print(_table(name, columns, rows))
+
+
 def _show_shape(shape: Mapping[str, Any], console: Console) -> None:
-    console.print(f"\n[bold]{shape['shape']}[/] on {shape['device']}, {shape['says']}")
-    console.print(f"copy bandwidth in this run: {shape['bandwidth_tb_s']:.2f} TB/s")
     rounds = [{"round": title(row), **row} for row in shape["rounds"]]
     ledgers = [{"round": row["round"], **row["ledger_ms"]} for row in rounds if "ledger_ms" in row]
     told = ("committed", "tokens_per_second", "replayed", "host_us", "error")
@@ -41,9 +60,8 @@ def _show_shape(shape: Mapping[str, Any], console: Console) -> None:
         ("the depth policy beside plain decoding (synthetic)", paces, shape["policy"]),
         ("peers in the same run (synthetic)", peers, shape["peers"]),
     )
-    for name, columns, rows in tables:
-        if rows:
-            console.print(_table(name, columns, rows))
+    words = f"{shape['shape']} on {shape['device']}, {shape['says']}"
+    _show_tables(words, shape["bandwidth_tb_s"], tables, console)
 
 
 def title(row: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ Must never be used where acceptance or text matters; whoever prints a figure of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +13,18 @@ from torch import nn
 
 from speculator.config import load
 from speculator.engine import Engine
-from speculator.heads.base import TargetWeights
+from speculator.heads.base import DraftHead, TargetWeights
 from speculator.heads.eagle3 import Eagle3Head
+from speculator.heads.load import lend
+from speculator.heads.mtp import MtpHead, mtp_record
 from speculator.heads.record import HeadRecord
 from speculator.load import build_engine, resolve_device
 from target.config import ModelConfig, parse_config
 from target.decoder import Decoder
+from target.deltanet import GatedDeltaNet
+
+Pair = tuple[Decoder, DraftHead]
+REMEMBERS = -5.0  # a bias with which a random gated delta rule keeps 98 % of its state from token to token
 
 LLAMA_8B: Mapping[str, Any] = dict(
     architectures=["LlamaForCausalLM"],
@@ -56,16 +62,67 @@ SHAPES: Mapping[str, tuple[Mapping[str, Any], int]] = {
     "llama-tiny": ({**LLAMA_8B, "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
                     "num_attention_heads": 4, "num_key_value_heads": 2, "torch_dtype": "float32"}, 256),
 }  # fmt: skip
+HYBRID_27B: Mapping[str, Any] = dict(
+    architectures=["Qwen3_5ForCausalLM"],
+    vocab_size=248320,
+    hidden_size=5120,
+    intermediate_size=17408,
+    num_hidden_layers=64,
+    num_attention_heads=24,
+    num_key_value_heads=4,
+    head_dim=256,
+    linear_num_key_heads=16,
+    linear_num_value_heads=48,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    rms_norm_eps=1e-6,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    max_position_embeddings=262144,
+    torch_dtype="bfloat16",
+)
+# name -> config.json of a gated DeltaNet hybrid, which drafts with one MTP module
+HYBRIDS: Mapping[str, Mapping[str, Any]] = {
+    "hybrid-4b": {**HYBRID_27B, "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
+                  "num_attention_heads": 16, "linear_num_value_heads": 32, "tie_word_embeddings": True},
+    "qwen3.6-27b": HYBRID_27B,
+    "hybrid-nano": {**HYBRID_27B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
+                    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+                    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                    "linear_value_head_dim": 16, "torch_dtype": "float32"},
+}  # fmt: skip
 
 
 def synthetic_engine(name: str, device: str, sessions: int, sets: Mapping[str, Any]) -> Engine:
     """An engine around a target and an EAGLE-3 head of the shape `name`, depth 7, with the configuration `sets`."""
     raw, draft_vocab = SHAPES[name]
+    return _engine(name, device, sessions, sets, lambda where: _pair(raw, draft_vocab, where))
+
+
+def hybrid_engine(name: str, device: str, sessions: int, sets: Mapping[str, Any], layers: int = 0) -> Engine:
+    """The same around a hybrid target and an MTP module; `layers` keeps the first ones only, 0 all of them."""
+    raw = {**HYBRIDS[name], **({"num_hidden_layers": layers} if layers else {})}
+    return _engine(name, device, sessions, sets, lambda where: _hybrid_pair(raw, where))
+
+
+def _engine(
+    name: str, device: str, sessions: int, sets: Mapping[str, Any], pair: Callable[[torch.device], Pair]
+) -> Engine:
     where = resolve_device(device)
     more = {"model.target": name, "model.head": name, "model.device": device, "draft.depth": 7, **sets}
     config = load(None, [*(f"{key}={value}" for key, value in more.items()), f"engine.max_sessions={sessions}"])
+    return build_engine(config, where, lambda: pair(where))
 
-    return build_engine(config, where, lambda: _pair(raw, draft_vocab, where))
+
+def _hybrid_pair(raw: Mapping[str, Any], device: torch.device) -> tuple[Decoder, MtpHead]:
+    dtype: torch.dtype = getattr(torch, raw["torch_dtype"])
+    with torch.device("meta"):
+        target = Decoder(parse_config(raw))
+    target = random_weights(target, dtype, device)
+    for layer in (module for module in target.modules() if isinstance(module, GatedDeltaNet)):
+        layer.dt_bias.fill_(REMEMBERS), layer.conv.normal_(0, 0.5)
+    with torch.device("meta"):
+        head = MtpHead(mtp_record(target.config), lend(mtp_record(target.config), target), len(target.cache_layers))
+    return target, random_weights(head, dtype, device)
 
 
 def _pair(raw: Mapping[str, Any], draft_vocab: int, device: torch.device) -> tuple[Decoder, Eagle3Head]:

@@ -21,6 +21,7 @@ BENCHES = {
     "skinny": ("speculator.bench.skinny", "Products of few rows on a GPU beside cuBLAS; rebuilds their table."),
     "mla": ("speculator.bench.mla", "Lazily planned MLA attention on a GPU, beside the real FlashMLA."),
     "round": ("speculator.bench.round", "The time of a round, its ledger and floor, beside vLLM and torch.compile."),
+    "hybrid": ("speculator.bench.hybrid", "A hybrid target: passes of 1 to 8 tokens, commits, MTP rounds, state bits."),
     "ranks": ("speculator.bench.ranks", "Passes and rounds over several ranks; or how broken gangs end (--starts)."),
     "rpc": ("speculator.bench.rpc", "One step over gRPC beside a raw echo of the same bytes."),
 }

@@ -18,7 +18,7 @@ from target.cache import LayerShape
 from target.config import ModelConfig
 from target.layers import GatedMLP, RMSNorm, SelfAttention
 from target.model import Hidden
-from target.products import Multiplies
+from target.products import Linear, Multiplies
 from target.readout import Asked, Readout, Reads
 from target.rope import Rope
 
@@ -46,7 +46,7 @@ class DraftHead(Reads, Multiplies, nn.Module, ABC):
         self.rope = Rope(record.rope, record.head_dim)
         self.embed = nn.Embedding(record.vocab_size, record.hidden_size) if record.own_embed else None
         own = record.own_lm_head
-        self.lm_head = nn.Linear(record.hidden_size, record.draft_vocab_size, bias=False) if own else None
+        self.lm_head = Linear(record.hidden_size, record.draft_vocab_size, bias=False) if own else None
         ids = torch.arange(record.draft_vocab_size) if record.d2t else None
         self.register_buffer("target_ids", ids, persistent=False)
 
@@ -97,16 +97,26 @@ class DraftHead(Reads, Multiplies, nn.Module, ABC):
         """True features [R, T, feature_size] -> what `forward` takes as hidden [R, T, H]."""
 
     @abstractmethod
+    def advance(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """`forward` as two parts still to be added: what follows adds in the same kernel."""
+
+    @property
+    @abstractmethod
+    def out_norm(self) -> RMSNorm | None:
+        """What stands between outputs and the lm_head."""
+
     def forward(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """hidden [R, T, H], tokens and positions [R, T] int64 (token t + 1 at position t) -> output g [R, T, H]."""
+        x, more = self.advance(hidden, tokens, positions, attend)
+        return x + more
 
-    @abstractmethod
     def recycle(self, output: Tensor) -> Tensor:
         """Output g -> the hidden of the next recursive step."""
+        return self.lm_input(output) if self.record.norm_output else output
 
-    @abstractmethod
     def lm_input(self, output: Tensor) -> Tensor:
         """Output g [..., H] -> what the lm_head reads."""
+        return output if self.out_norm is None else self.out_norm(output)
 
     def logits(self, output: Tensor) -> Tensor:
         """Output g [..., H] -> draft logits [..., Vd]."""
@@ -115,6 +125,11 @@ class DraftHead(Reads, Multiplies, nn.Module, ABC):
     def read(self, output: Tensor, asked: Asked) -> Readout | None:
         """What is asked about `logits(output)`, g [..., H] as N rows; None where they have to be written first."""
         return self.ask(self.lm_input(output), self.lm_table, self.product, asked)
+
+    def read_sum(self, x: Tensor, more: Tensor, asked: Asked) -> tuple[Tensor, Readout | None]:
+        """The output x + more [..., H] that `advance` left in two parts, and `read` about it."""
+        output, normed = (x + more,) * 2 if self.out_norm is None else self.out_norm.after(x, more)
+        return output, self.ask(normed, self.lm_table, self.product, asked)
 
     @property
     def embedding_table(self) -> Tensor:
@@ -132,7 +147,7 @@ class DraftHead(Reads, Multiplies, nn.Module, ABC):
         return self.embedding_table if self.record.lm_head_is_embed else self.shared.lm_head
 
     def project(self, normed: Tensor) -> Tensor:
-        return nn.functional.linear(normed, self.lm_table)
+        return self.product(normed, self.lm_table, None)
 
 
 def head_attention(record: HeadRecord, layer: int, in_size: int) -> SelfAttention:
@@ -162,7 +177,13 @@ class PlainLayer(nn.Module):
         self.post_norm = RMSNorm(r.hidden_size, r.norm_eps)
         self.mlp = GatedMLP(r.hidden_size, r.intermediate_size, r.mlp_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        normed = x if self.input_norm is None else self.input_norm(x)
+    def forward(
+        self, x: Tensor, more: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """Of x + more, two parts still to be added, as `DecoderLayer.advance`."""
+        if self.input_norm is None:
+            x = normed = x if more is None else x + more
+        else:
+            x, normed = self.input_norm.after(x, more)
         x, normed = self.post_norm.after(x, self.attention(normed, cos, sin, attend))
-        return x + self.mlp(normed)  # type: ignore[no-any-return]
+        return x, self.mlp(normed)

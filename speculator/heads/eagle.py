@@ -37,21 +37,18 @@ class EagleHead(DraftHead):
     def fuse(self, features: Tensor) -> Tensor:
         return features
 
-    def forward(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def advance(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         embedding = self.embedding(tokens)
         if self.embedding_norm is not None:
             embedding = self.embedding_norm(embedding)
         x = self.fc(torch.cat((embedding, hidden), dim=-1))
         cos, sin = self.rope(positions, x.dtype)
+        more: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, cos, sin, attend)
-        return x  # type: ignore[no-any-return]
+            x, more = layer(x, more, cos, sin, attend)
+        assert more is not None
+        return x, more
 
-    def recycle(self, output: Tensor) -> Tensor:
-        return self._normed(output) if self.record.norm_output else output
-
-    def lm_input(self, output: Tensor) -> Tensor:
-        return self._normed(output)
-
-    def _normed(self, output: Tensor) -> Tensor:
-        return output if self.head_norm is None else self.head_norm(output)
+    @property
+    def out_norm(self) -> RMSNorm | None:
+        return self.head_norm

@@ -17,7 +17,7 @@ from target.products import Linear
 
 
 class WideLayer(nn.Module):
-    """A layer whose attention reads [norm(embedding), norm(hidden)], embedding first."""
+    """A layer whose attention reads [norm(embedding), norm(hidden)], embedding first; its two parts are to be added."""
 
     def __init__(self, record: HeadRecord, layer: int) -> None:
         super().__init__()
@@ -31,12 +31,12 @@ class WideLayer(nn.Module):
 
     def forward(
         self, hidden: Tensor, tokens: Tensor, table: Tensor, cos: Tensor, sin: Tensor, attend: Attend
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wide = self.hidden_norm.beside(hidden, self.input_norm, table, tokens)
         residual = wide[..., hidden.shape[-1] :] if self.norm_before_residual else hidden
         mixed = self.attention(wide, cos, sin, attend)
         x, normed = self.post_norm.after(residual, mixed)
-        return x + self.mlp(normed)  # type: ignore[no-any-return]
+        return x, self.mlp(normed)
 
 
 class Eagle3Head(DraftHead):
@@ -64,20 +64,18 @@ class Eagle3Head(DraftHead):
             features = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norms, chunks, strict=True)], dim=-1)
         return features if self.fc is None else self.fc(features)
 
-    def forward(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def advance(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         cos, sin = self.rope(positions, hidden.dtype)
+        more: Tensor | None = None
         for layer in self.layers:
             if isinstance(layer, WideLayer):
-                hidden = layer(hidden, tokens, self.embedding_table, cos, sin, attend)
+                hidden = hidden if more is None else hidden + more
+                hidden, more = layer(hidden, tokens, self.embedding_table, cos, sin, attend)
             else:
-                hidden = layer(hidden, cos, sin, attend)
-        return hidden
+                hidden, more = layer(hidden, more, cos, sin, attend)
+        assert more is not None
+        return hidden, more
 
-    def recycle(self, output: Tensor) -> Tensor:
-        return self._normed(output) if self.record.norm_output else output
-
-    def lm_input(self, output: Tensor) -> Tensor:
-        return self._normed(output)
-
-    def _normed(self, output: Tensor) -> Tensor:
-        return output if self.norm is None else self.norm(output)
+    @property
+    def out_norm(self) -> RMSNorm | None:
+        return self.norm

@@ -17,6 +17,7 @@ from target.attention.base import Attend
 from target.cache import LayerShape
 from target.config import ModelConfig
 from target.decoder import DecoderLayer, cache_layer_shape, decoder_norm, decoder_rope
+from target.layers import RMSNorm
 from target.products import Linear
 
 
@@ -55,10 +56,10 @@ class MtpHead(DraftHead):
     def fuse(self, features: Tensor) -> Tensor:
         return features
 
-    def forward(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def advance(self, hidden: Tensor, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         x = self.eh_proj(self._pair(hidden, tokens, positions))
         cos, sin = self.rope(positions, x.dtype)
-        return self.layer(x, cos, sin, attend)  # type: ignore[no-any-return]
+        return self.layer.advance(x, None, cos, sin, attend)
 
     def _pair(self, hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
         if not (self.record.hidden_first or self.record.zero_first):
@@ -70,11 +71,9 @@ class MtpHead(DraftHead):
         embedding = self.embedding(tokens)
         return embedding * (positions > 0)[..., None] if self.record.zero_first else embedding
 
-    def recycle(self, output: Tensor) -> Tensor:
-        return self.norm(output) if self.record.norm_output else output
-
-    def lm_input(self, output: Tensor) -> Tensor:
-        return self.norm(output)  # type: ignore[no-any-return]
+    @property
+    def out_norm(self) -> RMSNorm:
+        return self.norm
 
 
 def _number(config: ModelConfig, cache_layer: int) -> int:

@@ -186,12 +186,15 @@ def judge_kernel(
 @triton.jit
 def settle_kernel(
     outputs_ptr,  # [R, T, SIZE], rows any distance apart
+    more_ptr,  # [R, T, SIZE], what is still to be added to them
     rows_ptr,  # [R] int64
     kept_ptr,  # [R] int64
     store_ptr,  # by row [SIZE]
     out_ptr,  # [R, SIZE]
     row_stride,
     token_stride,
+    more_row_stride,
+    more_token_stride,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -199,8 +202,10 @@ def settle_kernel(
     r, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < SIZE
     kept = tl.load(kept_ptr + r)
-    last = outputs_ptr + r * row_stride + tl.maximum(kept - 1, 0) * token_stride
-    value = tl.load(last + column, mask=inside & (kept > 0), other=0.0)
+    last, there = tl.maximum(kept - 1, 0), inside & (kept > 0)
+    value = tl.load(outputs_ptr + r * row_stride + last * token_stride + column, mask=there, other=0.0).to(tl.float32)
+    more = tl.load(more_ptr + r * more_row_stride + last * more_token_stride + column, mask=there, other=0.0)
+    value = (value + more.to(tl.float32)).to(out_ptr.dtype.element_ty)
     tl.store(store_ptr + tl.load(rows_ptr + r) * SIZE + column, value, mask=inside)
     tl.store(out_ptr + r * SIZE + column, value, mask=inside)
 
@@ -310,15 +315,18 @@ def launch_judge(found: Readout, begun: Begun, state: State, depth: int) -> Judg
     return Judged(result, tokens, positions, counts, context, live, levels[:depth, :rows], keys, hot)
 
 
-def launch_settle(outputs: Tensor, begun: Begun, judged: Judged, store: Tensor) -> Tensor:
-    """Outputs [R, T, H] -> each row's after its newest committed token [R, 1, H], kept in `store` [rows, 1, H] too."""
-    if outputs.stride(-1) != 1:
-        outputs = outputs.contiguous()
+def launch_settle(outputs: Tensor, more: Tensor, begun: Begun, judged: Judged, store: Tensor) -> Tensor:
+    """The sum of two parts of outputs [R, T, H] -> each row's after its newest committed token [R, 1, H].
+
+    It is kept in `store` [rows, 1, H] too.
+    """
+    outputs, more = (part if part.stride(-1) == 1 else part.contiguous() for part in (outputs, more))
     rows, _, size = outputs.shape
     out = torch.empty(rows, 1, size, dtype=outputs.dtype, device=outputs.device)
     width = min(triton.next_power_of_2(size), WIDEST)
     settle_kernel[(rows, triton.cdiv(size, width))](
-        outputs, begun.whole, judged.kept, store, out, *outputs.stride()[:2], SIZE=size, WIDTH=width, num_warps=4
+        outputs, more, begun.whole, judged.kept, store, out, *outputs.stride()[:2], *more.stride()[:2], SIZE=size,
+        WIDTH=width, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -99,7 +99,7 @@ class DataLead(LeadEngine):
         super().__init__(team.channel, team.lost, team.pulse, info, model, head, cache)
         whole = 1 + sum(count - 1 for count in pages)
         self.info = replace(info, max_rows=share.size * share.rows, total_pages=whole, rank_pages=tuple(pages))
-        self._part = Part(self, share, Returns(team.channel.group, share))
+        self._part = Part(self, share, Returns(team.channel.group, share, team.pulse))
         self._before = COUNTED
 
     def open(self, row: int, sampling: SamplingParams, speculate: bool) -> None:
@@ -124,7 +124,7 @@ class DataFollower(Follower):
     def __init__(self, engine: Engine, team: Team) -> None:
         super().__init__(engine, team.channel, team.pulse)
         share = share_of(team, engine.info)
-        self._part = Part(engine, share, Returns(team.channel.group, share))
+        self._part = Part(engine, share, Returns(team.channel.group, share, team.pulse))
 
     def _change(self, change: Change) -> None:
         if isinstance(change, Open):

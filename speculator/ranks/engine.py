@@ -11,6 +11,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, NoReturn
 
 from speculator.engine import Engine
@@ -37,7 +38,8 @@ class LeadEngine(Engine):
         super().__init__(*arguments, **named)
         self._channel, self._lost, self._pulse = channel, lost, pulse
         self._changes: list[Change] = []
-        self._digest, self._ended = 0, ""
+        self._digest, self._ended, self._orders = 0, "", 0
+        self.waiting = pulse.waiting
 
     def open(self, row: int, sampling: SamplingParams, speculate: bool) -> None:
         super().open(row, sampling, speculate)
@@ -73,7 +75,7 @@ class LeadEngine(Engine):
         """The last order: the other ranks leave their loops, if they are still there."""
         if not self._ended:
             self._tell(Order(self._changes, (), self._digest, Kind.END))
-            self._digest = 0
+            self._digest = self._orders = 0
 
     def give_up(self, why: str) -> None:
         """A rank was lost; any thread may say so. The step under way fails when its collectives do."""
@@ -98,7 +100,7 @@ class LeadEngine(Engine):
     def _alone(self) -> Iterator[None]:
         """A failure of the device is this rank's own, and so is an error that no step should bring."""
         try:
-            self._pulse.tick("a step")
+            self._pulse.step(self._orders)
             yield
         except (EngineFailedError, RuntimeError) as failure:
             self._end(f"rank 0 failed in a step: {sentence(failure)}")
@@ -116,6 +118,7 @@ class LeadEngine(Engine):
         except RuntimeError as error:
             self._end(f"rank 0 could not reach the other ranks: {sentence(error)}")
         self._changes = []
+        self._orders += 1
 
     def _end(self, why: str) -> NoReturn:
         """What the watch on the gang saw says more than what broke here."""
@@ -141,13 +144,14 @@ class Follower:
         self._engine, self._channel, self._pulse = engine, channel, pulse or Pulse()
         self._flights: deque[UnderWay] = deque()
         self._digest = 0
+        engine.waiting = self._pulse.waiting
 
     def run(self) -> None:
         """Until rank 0 says that it was the last order; RankLostError when this rank fails, or goes another way."""
-        while True:
+        for number in count(1):
             self._pulse.rest("waiting for work")
             order = self._channel.receive()
-            self._pulse.tick("a step")
+            self._pulse.step(number)
             for change in order.changes:
                 self._change(change)
             self._check(order)

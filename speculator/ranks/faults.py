@@ -1,4 +1,4 @@
-"""Faults on purpose, to test how a gang ends: a rank that kills itself, stops, or runs out of memory.
+"""Faults on purpose, to test how a gang ends: a rank that kills itself, stops, hangs, or runs out of memory.
 
 Owns: the environment variable that asks for one. Must never do anything without it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 
 # rank:phases:times:kind, as "2:target|head:3:kill": at the third time of any of these phases
@@ -36,8 +37,14 @@ def _memory() -> None:
     raise RuntimeError("out of memory, as a test wants it")
 
 
+def _hang() -> None:
+    """This thread alone: the rank beats on."""
+    threading.Event().wait()
+
+
 FAULTS: Mapping[str, Callable[[], None]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "memory": _memory,
+    "hang": _hang,
 }

@@ -2,7 +2,8 @@
 
 Owns: a connection from every rank to rank 0, what travels on it, and the verdict. Must never import torch, and never
 end a process itself: `lost` is told, once, on the watch's own thread, and decides. A process that is gone closes its
-connection at once; one that is stopped falls silent; one that hangs beats on without going on.
+connection at once; one that is stopped falls silent; one whose device thread hangs beats on without going on, while the
+others wait for it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from speculator.ranks.pulse import Beat, Pulse
+from speculator.ranks.pulse import Beat, Pulse, State
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ class Limits(NamedTuple):
     """After how many seconds a rank counts as lost."""
 
     silent: float = 10.0  # without any sign of life
-    stalled: float = 120.0  # busy with one thing
+    stalled: float = 15.0  # without going on while the gang serves: nothing computed, no collective passed
+    starting: float = 60.0  # the same before, where a tensor read and a shape recorded are progress too
     absent: float = 120.0  # not there after the start
 
 
@@ -76,9 +78,14 @@ class Watch(ABC):
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._main, name="gang", daemon=True)
         self.why = ""  # the gang was lost
+        self._patience = self.limits.starting
 
     def start(self) -> None:
         self._thread.start()
+
+    def serving(self) -> None:
+        """From here on nothing takes as long as it may at the start."""
+        self._patience = self.limits.stalled
 
     def _main(self) -> None:
         while not self._ended.is_set():
@@ -231,16 +238,21 @@ class Hub(Watch):
         return f"rank {rank} of {self.size} stalled {self._where(rank)}: no sign of life for {silence:.0f} s"
 
     def _hung(self, now: float) -> str:
-        """The ranks that came least far, when one has been busy with the same thing for too long."""
+        """The ranks that others wait for in vain: who work and do not go on, or, if none works, who are behind."""
         beats = {0: self.pulse.beat}
         beats |= {rank: beat._replace(seconds=beat.seconds + now - at) for rank, (beat, at) in self._beats.items()}
-        longest = max((beat.seconds for beat in beats.values() if beat.busy), default=0.0)
-        if longest <= self.limits.stalled:
-            return ""
-        least = min(beat.ticks for beat in beats.values())
-        who = [rank for rank, beat in beats.items() if beat.ticks == least]
-        ranks = f"rank {who[0]} of {self.size}" if len(who) == 1 else f"ranks {', '.join(map(str, who))}"
-        return f"{ranks} stalled in {beats[who[0]].phase}: it has not gone on for {longest:.0f} s"
+        late = {rank: beat for rank, beat in beats.items() if beat.seconds > self._patience}
+        blamed = {rank: beat for rank, beat in late.items() if beat.state == State.WORKS}
+        if not blamed and len(late) == self.size and any(beat.state == State.WAITS for beat in late.values()):
+            blamed = late
+        return self._stalled(blamed) if blamed else ""
+
+    def _stalled(self, blamed: dict[int, Beat]) -> str:
+        least = min(beat.step for beat in blamed.values())
+        who = [rank for rank, beat in blamed.items() if beat.step == least]
+        ranks = f"rank {who[0]} of {self.size}" if len(who) == 1 else f"ranks {', '.join(map(str, who))} of {self.size}"
+        beat = blamed[who[0]]
+        return f"{ranks} stalled in {beat.phase}: no progress for {beat.seconds:.0f} s"
 
     def _announce(self, why: str) -> None:
         for line in self._lines.values():

@@ -12,11 +12,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from speculator.errors import ConfigError
 
 ADDRESS, TOKEN, LEADER = "SPECULATOR_GANG", "SPECULATOR_GANG_TOKEN", "SPECULATOR_GANG_PID"
+KILLED = 2.0  # seconds for a process that was killed to be gone
 
 
 class Place(NamedTuple):
@@ -97,7 +99,8 @@ class Children:
         for process in self._processes.values():
             if process.poll() is None:
                 process.kill()
-                process.wait()
+                with suppress(subprocess.TimeoutExpired):  # a driver may hold it for a while
+                    process.wait(KILLED)
 
 
 def own_command() -> list[str]:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from speculator.ranks.pulse import Pulse
 from target.parallel import Mesh, lines_of
 from target.pipeline import PIPELINE, Stage
 
@@ -54,49 +55,55 @@ class RankLink:
     for which that one waits. The first and the last stage may be neighbours.
     """
 
-    def __init__(self, stage: Stage, forward: dist.ProcessGroup, back: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, stage: Stage, forward: dist.ProcessGroup, back: dist.ProcessGroup, device: torch.device, pulse: Pulse
+    ) -> None:
         self.stage, self._forward, self._back, self._device = stage, forward, back, device
+        self._pulse = pulse
         self._received = torch.zeros(0, dtype=torch.uint8, device=device)
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self._answers: deque[tuple[dist.Work, Tensor]] = deque()
 
     @classmethod
-    def build(cls, mesh: Mesh, backend: str, timeout: timedelta, device: torch.device) -> RankLink:
+    def build(cls, mesh: Mesh, backend: str, timeout: timedelta, device: torch.device, pulse: Pulse) -> RankLink:
         """Along the mesh's pipeline; call it on every rank."""
         axis = mesh.axes[PIPELINE]
         sizes = {name: found.size for name, found in mesh.axes.items()}
         back = lines_of(sizes, PIPELINE, backend, timeout)
-        return cls(Stage(axis.rank, axis.size), axis.process_group, back.process_group, device)
+        return cls(Stage(axis.rank, axis.size), axis.process_group, back.process_group, device, pulse)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = prod(shape) * dtype.itemsize
         if self._received.numel() < count:
             self._received = torch.zeros(count, dtype=torch.uint8, device=self._device)
         place = self._received[:count].view(dtype).view(shape)
-        dist.recv(place, group=self._forward, group_src=self.stage.index - 1)
+        with self._pulse.waiting():
+            dist.recv(place, group=self._forward, group_src=self.stage.index - 1)
         return place
 
     def send(self, tensor: Tensor) -> None:
-        _drain(self._sent, PASSES * self.stage.size - 1)  # each stage may be at a step of its own
+        self._drain(self._sent, PASSES * self.stage.size - 1)  # each stage may be at a step of its own
         self._post(self._sent, tensor, self._forward, self.stage.index + 1)
 
     def drain(self) -> None:
-        _drain(self._sent, 0)
+        self._drain(self._sent, 0)
 
     def finish(self) -> None:
         self.drain()
-        _drain(self._answers, 0)
+        self._drain(self._answers, 0)
         if self._device.type == "cuda":  # where waiting for a send only queues what follows behind it
-            torch.cuda.synchronize(self._device)
+            with self._pulse.waiting():
+                torch.cuda.synchronize(self._device)
 
     def answer(self, outcome: Tensor) -> None:
-        _drain(self._answers, MOST_ANSWERS)
+        self._drain(self._answers, MOST_ANSWERS)
         for peer in range(self.stage.size - 1):
             self._post(self._answers, outcome, self._back, peer)
 
     def answered(self, shape: tuple[int, ...]) -> Tensor:
         place = torch.empty(shape, dtype=torch.int64, device=self._device)
-        dist.recv(place, group=self._back, group_src=self.stage.size - 1)
+        with self._pulse.waiting():
+            dist.recv(place, group=self._back, group_src=self.stage.size - 1)
         return place
 
     def _post(self, sent: deque[tuple[dist.Work, Tensor]], tensor: Tensor, group: dist.ProcessGroup, peer: int) -> None:
@@ -104,11 +111,11 @@ class RankLink:
         assert work is not None
         sent.append((work, tensor))
 
-
-def _drain(sent: deque[tuple[dist.Work, Tensor]], most: int) -> None:
-    """Wait for the oldest until `most` or fewer are on their way."""
-    while len(sent) > most:
-        sent.popleft()[0].wait()
+    def _drain(self, sent: deque[tuple[dist.Work, Tensor]], most: int) -> None:
+        """Wait for the oldest until `most` or fewer are on their way."""
+        while len(sent) > most:
+            with self._pulse.waiting():
+                sent.popleft()[0].wait()
 
 
 class Loopback:

@@ -26,12 +26,13 @@ from speculator.config import Config
 from speculator.engine import Engine
 from speculator.errors import ConfigError, SpeculatorError
 from speculator.heads.shard import shard_record
-from speculator.load import check_graphs, fingerprint, head_record
+from speculator.load import check_graphs, head_record
 from speculator.ranks.data import check_data_parallel, follower
 from speculator.ranks.engine import LeadEngine
 from speculator.ranks.errors import RankLostError, sentence
 from speculator.ranks.faults import fault_of
 from speculator.ranks.gang import Hub, Limits, Member, Watch
+from speculator.ranks.identity import check_same, exchanged, identity
 from speculator.ranks.launch import ADDRESS, TOKEN, Children, Place, kill_leader, own_command, variables
 from speculator.ranks.pulse import Pulse
 from speculator.ranks.team import Team
@@ -46,8 +47,8 @@ log = logging.getLogger(__name__)
 RENDEZVOUS = timedelta(seconds=120)
 GRACE = 3.0  # seconds for rank 0 to tell its sessions that a rank was lost
 PATIENCE = 5.0  # and for the other ranks to end by themselves
+LONGEST_WAIT = 3600.0  # seconds for a rank that goes on, however slowly; the watch ends waits for one that does not
 KEY = "speculator/gang"
-
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,7 +62,7 @@ class Process:
     def __init__(self, config: Config) -> None:
         check(config)
         self.config, self._children = config, Children()
-        self._limits = Limits(config.parallel.silent_s, config.parallel.stalled_s)
+        self._limits = Limits(config.parallel.silent_s, config.parallel.stalled_s, config.parallel.starting_s)
         place = Place.of(os.environ, config.parallel.ranks)
         self.rank = place.rank if place else 0
         self.pulse = Pulse(fault=fault_of(self.rank, os.environ))
@@ -98,19 +99,23 @@ class Process:
         place = self._place
         if place.rank and ADDRESS in os.environ:
             self._join(os.environ[ADDRESS], os.environ[TOKEN])
-        store, _, _ = next(iter(rendezvous("env://", timeout=RENDEZVOUS)))
-        if self._watch is None:
-            self._watch_by(store)
-        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=RENDEZVOUS)
+        with self.pulse.waiting():
+            store, _, _ = next(iter(rendezvous("env://", timeout=RENDEZVOUS)))
+            if self._watch is None:
+                self._watch_by(store)
+            dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=RENDEZVOUS)
         device = self._device()
         self.pulse.tick("meeting")
+        own = identity(self.config, device)
+        with self.pulse.waiting():
+            check_same(exchanged(store, place, own))
+            return self._team(device)
+
+    def _team(self, device: torch.device) -> Team:
         parallel = self.config.parallel
         axis = EXPERTS if parallel.attention_data else TENSOR
         notes = (self.failed, self.pulse)
-        team = Team.build(parallel.tensor, device, parallel.stalled_s, *notes, parallel.pipeline, axis)
-        for about, value in identity(self.config).items():
-            team.same(value, about)
-        return team
+        return Team.build(parallel.tensor, device, LONGEST_WAIT, *notes, parallel.pipeline, axis)
 
     def _watch_by(self, store: Any) -> None:
         """Ranks that were started from outside find rank 0 through torch's store."""
@@ -155,6 +160,8 @@ class Process:
         assert isinstance(engine, LeadEngine)
         self._engine, self._serving = engine, True
         self.pulse.rest("serving")
+        if self._watch is not None:
+            self._watch.serving()
 
     def failed(self, why: str) -> str:
         """Rank 0 cannot go on; why the gang ends."""
@@ -193,6 +200,10 @@ class Process:
         self._children.end(PATIENCE)
         if self._watch is not None and self._watch.why:
             os._exit(1)
+        if error is None:
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(0)  # without the farewell of process groups, which waits for ranks that have gone
 
     def _say(self, error: BaseException) -> None:
         """Tell the others why; an error that a lost rank may have caused gives way to the watch's own verdict."""
@@ -203,14 +214,6 @@ class Process:
         if isinstance(self._watch, Hub):
             clear = isinstance(error, SpeculatorError) and not isinstance(error, RankLostError)
             self._watch.end() if clear else self._watch.fail(why)
-
-
-def identity(config: Config) -> dict[str, str]:
-    """What must be the same on all ranks, wherever its files lie."""
-    c = config
-    found = {"configuration": repr((c.engine, c.graphs, c.draft, c.parallel, c.model.dtype, c.model.head_overrides))}
-    folders = {"target": c.model.target, "draft head": "" if c.model.head == "mtp" else c.model.head}
-    return found | {f"revision of the {what}": fingerprint(Path(path)) for what, path in folders.items() if path}
 
 
 def on_gpu(config: Config) -> bool:

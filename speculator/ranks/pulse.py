@@ -1,21 +1,31 @@
-"""How far a rank has come: what it does, since when, and how often it went on.
+"""How far a rank has come: what its device thread does, since when, and whether it works, waits for others or rests.
 
-Owns: these numbers, which one thread writes and the watch on the gang reads. Must never import torch.
+Owns: these facts, which one thread writes and the watch on the gang reads. Must never import torch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
 from typing import NamedTuple
 
 
+class State(IntEnum):
+    """Who is to blame when nothing goes on: a rank that works, before any that waits for it."""
+
+    RESTS = 0  # no work, for as long as it takes
+    WAITS = 1  # in a collective, or for the device, which may itself be in one
+    WORKS = 2
+
+
 class Beat(NamedTuple):
-    """A rank at one moment. `ticks` grows whenever it goes on; a rank that waits for work is not `busy`."""
+    """A rank at one moment. Orders of rank 0 are numbered from 1 on all ranks; `step` is the one taken up last."""
 
     phase: str
-    ticks: int
-    busy: bool
+    step: int
+    state: int
     seconds: float  # since it last went on
 
 
@@ -26,25 +36,40 @@ class Pulse:
         self, clock: Callable[[], float] = time.monotonic, fault: Callable[[str], None] = lambda phase: None
     ) -> None:
         self._clock, self._fault = clock, fault
-        self._now = ("starting", 0, True, clock())
+        self._now = ("starting", 0, State.WORKS, clock())
 
     def tick(self, phase: str) -> None:
         """It goes on, with `phase`."""
-        self._set(phase, True)
+        self._set(phase, self._now[1], State.WORKS)
         self._fault(phase)
+
+    def step(self, number: int) -> None:
+        """It takes up an order, or goes on with it."""
+        self._set(f"step {number}", number, State.WORKS)
+        self._fault(self._now[0])
 
     def rest(self, phase: str) -> None:
         """It waits for work, for as long as it takes."""
-        self._set(phase, False)
+        self._set(phase, self._now[1], State.RESTS)
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        """`tick` as a progress of loading or capturing."""
-        self.tick(what)
+    def on(self) -> None:
+        """It goes on with what it does."""
+        self._set(*self._now[:3])
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside it waits for other ranks, or for the device."""
+        phase, step, before, _ = self._now
+        self._set(phase, step, State.WAITS)
+        try:
+            yield
+        finally:
+            self._set(phase, step, before)
 
     @property
     def beat(self) -> Beat:
-        phase, ticks, busy, since = self._now
-        return Beat(phase, ticks, busy, self._clock() - since)
+        phase, step, state, since = self._now
+        return Beat(phase, step, state, self._clock() - since)
 
-    def _set(self, phase: str, busy: bool) -> None:
-        self._now = (phase, self._now[1] + 1, busy, self._clock())
+    def _set(self, phase: str, step: int, state: State) -> None:
+        self._now = (phase, step, state, self._clock())

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from speculator.errors import DraftNotFoundError, InvalidTreeError, NumericalError, SpeculatorError
 from speculator.ranks.codec import float_word, word_float
+from speculator.ranks.pulse import Pulse
 from speculator.ranks.shares import Share
 from speculator.types import Draft, Step, StepResult
 
@@ -25,8 +26,8 @@ Outcome = list[StepResult] | SpeculatorError  # of one rank's steps
 class Returns:
     """Gathers what all ranks made of an order; call `gather` on each, once an order."""
 
-    def __init__(self, group: dist.ProcessGroup | None, share: Share) -> None:
-        self._group, self._share = group, share
+    def __init__(self, group: dist.ProcessGroup | None, share: Share, pulse: Pulse) -> None:
+        self._group, self._share, self._pulse = group, share, pulse
 
     def gather(self, steps: Sequence[Step], own: Outcome) -> list[StepResult]:
         """On rank 0 the results of `steps` of all ranks in order, elsewhere none.
@@ -37,7 +38,8 @@ class Returns:
         width = _width(steps)
         mine = torch.tensor(outcome_words(own, width, max(counts)), dtype=torch.int64)
         boxes = [torch.empty_like(mine) for _ in counts] if self._share.rank == 0 else None
-        dist.gather(mine, boxes, group=self._group, group_dst=0)
+        with self._pulse.waiting():
+            dist.gather(mine, boxes, group=self._group, group_dst=0)
         if boxes is None:
             return []
         found = [outcome_of(box.tolist(), width, count) for box, count in zip(boxes, counts, strict=True)]

@@ -92,7 +92,7 @@ class StageFlight(UnderWay):
     @torch.inference_mode()
     def collect(self) -> list[StepResult]:
         """Wait for the results, and for those of the steps launched before; raises as `Engine.step`."""
-        with device_failures():
+        with device_failures(), self._stage.waiting():
             results = self._stage.layout.results(self._stage.outcome_of(self))
         self._stage.times = StepTimes(0.0, self.queued - self._begun, time.perf_counter() - self.queued)
         return results

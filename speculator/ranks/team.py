@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from graphs.agreement import (
     Agreement,
@@ -25,17 +26,27 @@ from graphs.agreement import (
     Voters,
 )
 from graphs.errors import GraphError
-from speculator.errors import ConfigError
 from speculator.ranks.channel import Channel
 from speculator.ranks.link import RankLink
 from speculator.ranks.pulse import Pulse
 from target.experts import EXPERTS
-from target.parallel import TENSOR, Axis, Mesh, lines_of
+from target.parallel import PARTS, TENSOR, Axis, Mesh, lines_of
 from target.pipeline import PIPELINE, WHOLE, Stage
 
 FOREVER = timedelta(days=7)  # a rank that waits for work is no fault; the watch on the gang ends the wait
-VOTE_SECONDS = 20.0
 NEXT_SHAPE = "the next graph"
+
+
+class Awaited:
+    """Voters that wait for each other, and say so."""
+
+    def __init__(self, voters: Voters, pulse: Pulse) -> None:
+        self.rank, self.size = voters.rank, voters.size
+        self._voters, self._pulse = voters, pulse
+
+    def gather(self, ballot: Ballot, about: str) -> list[Ballot]:
+        with self._pulse.waiting():
+            return self._voters.gather(ballot, about)
 
 
 @dataclass(frozen=True)
@@ -66,19 +77,22 @@ class Team:
     ) -> Team:
         """Over the default process group; call it on every rank. PlanError when the mesh needs other many ranks.
 
-        `axis` is what `tensor` ranks divide: every layer, or only its experts.
+        Collectives and votes fail by themselves after `stall` seconds. `axis` is what `tensor` ranks divide: every
+        layer, or only its experts.
         """
         backend, limit = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=stall)
         sizes = {PIPELINE: pipeline, axis: tensor} if pipeline > 1 else {axis: tensor}
-        mesh = Mesh.build(sizes, backend, limit)
+        pulse, mesh = pulse or Pulse(), Mesh.build(sizes, backend, limit)
+        for line in mesh.axes.values():
+            line.on_collectives(pulse.waiting)
         orders = dist.new_group(timeout=FOREVER, backend="gloo")
-        votes = near = Agreement(Group.apart(VOTE_SECONDS if pipeline == 1 else stall))  # stages load other things
+        votes = near = Agreement(Awaited(Group.apart(stall), pulse))
         link = None
         if pipeline > 1:
-            link = RankLink.build(mesh, backend, limit, device)
-            near = Agreement(stage_voters(sizes, limit))
+            link = RankLink.build(mesh, backend, limit, device, pulse)
+            near = Agreement(Awaited(stage_voters(sizes, limit), pulse))
         here = (dist.get_rank(), dist.get_world_size(), device)
-        return cls(*here, mesh, votes, Channel(orders), lost, pulse or Pulse(), near, link)
+        return cls(*here, mesh, votes, Channel(orders), lost, pulse, near, link)
 
     @property
     def stage(self) -> Stage:
@@ -89,6 +103,12 @@ class Team:
         """The axis that divides experts among ranks with sessions of their own; None where ranks share all sessions."""
         return self.mesh.axes.get(EXPERTS)
 
+    def heed(self, *models: nn.Module | None) -> None:
+        """Every attention and MLP that a pass comes to is progress of this rank."""
+        parts = [part for model in models if model is not None for part in model.modules() if isinstance(part, PARTS)]
+        for part in parts:
+            part.register_forward_pre_hook(lambda module, inputs: self.pulse.on())
+
     def smallest(self, value: int, about: str) -> int:
         """The least of all ranks' values."""
         return min(self.each(value, about))
@@ -98,15 +118,6 @@ class Team:
         ballot = Ballot(Question.HAS_BATCH, zlib.crc32(about.encode()), 1, capacity=value)
         return [vote.capacity for vote in self.agreement.voters.gather(ballot, about)]
 
-    def same(self, value: str, about: str) -> None:
-        """ConfigError that names the ranks where `value` is another than on rank 0."""
-        ballot = Ballot(Question.HAS_BATCH, zlib.crc32(about.encode()), zlib.crc32(value.encode()))
-        votes = self.agreement.voters.gather(ballot, about)
-        others = [str(rank) for rank, vote in enumerate(votes) if vote.answer != votes[0].answer]
-        if others:
-            who = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
-            raise ConfigError(f"{who} another {about} than rank 0: give all ranks the same")
-
     def capture(self, record: Callable[[Callable[[str, int, int], None]], None]) -> str:
         """Record on every rank, shape by shape: why it failed on all of them, "" when it did on none.
 
@@ -115,7 +126,6 @@ class Team:
         """
         why = self._capture_near(record)
         if self.link is not None:
-            self.pulse.rest("waiting for the other stages")
             self.agreement.enough_memory("all graphs", not why, self._free)
         return why
 
@@ -143,4 +153,4 @@ class Team:
 def stage_voters(sizes: Mapping[str, int], limit: timedelta) -> Voters:
     """Those of this rank's stage; call it on every rank."""
     axis = lines_of(sizes, TENSOR, "gloo", limit)
-    return Group(axis.process_group, timeout=VOTE_SECONDS) if axis.size > 1 else Alone()
+    return Group(axis.process_group, timeout=limit.total_seconds()) if axis.size > 1 else Alone()

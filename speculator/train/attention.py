@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from target.attention.base import Attend
@@ -47,7 +46,7 @@ def _latent(run: Run, rank: int) -> AttendLatent:
 
 def packed_attend(documents: Tensor, config: ModelConfig) -> Any:
     """What the layers of a target call over whole rows of documents [R, T] that do not see each other."""
-    attend = attend_with(packed(documents), config.mla)
+    attend = attend_with(Unrolled(hidden_rows(documents)).run, config.mla)
     return attend if config.delta is None else packed_sequences(attend, documents)
 
 
@@ -57,23 +56,12 @@ def hidden_rows(documents: Tensor) -> Tensor:
     return (documents[:, :, None] != documents[:, None]) | (index[None, :] > index[:, None])
 
 
-def packed(documents: Tensor) -> Run:
-    """Whole rows of documents [R, T] that do not see each other."""
-    seen = ~hidden_rows(documents)[:, None]
-
-    def run(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        groups = q.shape[2] // k.shape[2]
-        k, v = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, scale=scale).transpose(1, 2)
-
-    return run
-
-
 class Unrolled:
-    """The attention of a head that is run several times over the same rows.
+    """The attention of a head that is run several times over the same rows, or of a target that is run once.
 
     Step 0 sees the step-0 keys of rows <= t of its own document. Step j sees those too, and the keys of steps 1..j of
-    its own row: what a served chain that starts at row t has in its cache.
+    its own row: what a served chain that starts at row t has in its cache. Scores are float32 also under autocast:
+    half precision would turn near ties of the target into wrong labels.
     """
 
     def __init__(self, hidden: Tensor) -> None:
@@ -85,11 +73,12 @@ class Unrolled:
         rows, length, heads, dim = q.shape
         steps = self._steps.setdefault(layer, [])
         steps.append((k.transpose(1, 2)[:, :, None], v.transpose(1, 2)[:, :, None]))  # [R, kv_heads, 1, N, dim]
-        q = q.view(rows, length, k.shape[2], -1, dim).permute(0, 2, 3, 1, 4) * scale
+        q = q.view(rows, length, k.shape[2], -1, dim).permute(0, 2, 3, 1, 4).float() * scale
         (first, value), later = steps[0], steps[1:]
-        scores = [(q @ first.mT).masked_fill(self._hidden, HIDDEN)]
+        with torch.autocast(q.device.type, enabled=False):
+            scores = [(q @ first.float().mT).masked_fill(self._hidden, HIDDEN)]
         scores += [(q * key).sum(-1, keepdim=True) for key, _ in later]
-        share = torch.cat([s.float() for s in scores], dim=-1).softmax(-1).to(value.dtype)
+        share = torch.cat(scores, dim=-1).softmax(-1).to(value.dtype)
         out = share[..., :length] @ value
         for i, (_, own) in enumerate(later):
             out = out + share[..., length + i, None] * own

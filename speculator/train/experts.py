@@ -1,4 +1,4 @@
-"""What training adds to mixtures of experts: an equal load without a loss of its own, and inputs in their precision.
+"""What training adds to mixtures of experts: an equal load without a loss of its own, and all experts in one product.
 
 Owns: counting what each gate chooses, and moving its correction against the counts (Wang et al. 2024, arXiv
 2408.15664). Must never know losses or files. Nothing is read on the host, so a compiled loss stays whole.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from target.moe import Experts, Gate
+from target.moe import Experts, Gate, MoE
 
 LOAD = "load"  # [E] float32 buffer of a watched gate: how often each expert was chosen since the last step
 
@@ -22,8 +23,28 @@ def prepare_experts(model: nn.Module) -> None:
         assert gate.correction is not None
         gate.register_buffer(LOAD, torch.zeros_like(gate.correction), persistent=False)
         gate.register_forward_hook(_count)
-    for experts in (m for m in model.modules() if isinstance(m, Experts)):
-        experts.register_forward_pre_hook(_as_stored)
+    for mixture in [m for m in model.modules() if isinstance(m, MoE)]:
+        mixture.experts = MergedExperts(mixture.experts)
+
+
+class MergedExperts(Experts):
+    """All experts as one gated MLP whose inner units count as much as their expert does, which is 0 where not chosen.
+
+    E / top_k times the work of the chosen ones, in two plain products of static shapes in autocast's type: for few
+    small experts that is faster than sorting. The parameters are those of `experts`, under the same names.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        nn.Module.__init__(self)
+        self.gate_up, self.down = experts.gate_up, experts.down
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """x [N, size], weights [N, k] float32 and experts [N, k] int64 of a Gate -> [N, size]."""
+        ids = torch.arange(self.gate_up.shape[0], device=x.device)
+        share = (weights[..., None] * (experts[..., None] == ids)).sum(1)  # no scatter: compiled, it would be atomics
+        gate, up = F.linear(x, self.gate_up.flatten(0, 1)).unflatten(-1, (len(ids), -1)).chunk(2, dim=-1)
+        inner = (F.silu(gate) * up * share[..., None]).to(x.dtype)
+        return F.linear(inner.flatten(-2), self.down.transpose(0, 1).flatten(1))
 
 
 def _count(gate: nn.Module, inputs: Any, chosen: tuple[Tensor, Tensor]) -> None:
@@ -32,12 +53,6 @@ def _count(gate: nn.Module, inputs: Any, chosen: tuple[Tensor, Tensor]) -> None:
         load = gate.get_buffer(LOAD)
         ids = torch.arange(load.shape[0], device=load.device)
         load.add_((chosen[1].flatten()[:, None] == ids).sum(0))
-
-
-def _as_stored(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Grouped matmuls know no autocast: what autocast made narrower is widened to what they take."""
-    x, weights, chosen = inputs
-    return x.to(experts.get_parameter("down").dtype), weights.float(), chosen
 
 
 def _corrected(model: nn.Module) -> list[Gate]:

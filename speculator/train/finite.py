@@ -1,39 +1,62 @@
-"""A loss that is compiled where its gradients survive that.
+"""A loss in the fastest form whose gradients are finite: compiled, recorded or eager.
 
 Must never know what is trained.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from speculator.train.recording import Loss, Record, RecordedLoss, record_cuda
 from speculator.train.report import DivergedError
 
-Loss = Callable[..., tuple[Tensor, Tensor]]  # the loss, and something to watch
 
+def finite_loss(
+    eager: Loss, modules: Sequence[nn.Module], inputs: tuple[Any, ...], compiled: bool, record: Record = record_cuda
+) -> Loss:
+    """`eager`, compiled or else recorded where wanted and its gradients on `inputs` are finite then.
 
-def finite_loss(eager: Loss, modules: Sequence[nn.Module], inputs: tuple[Any, ...], compiled: bool) -> Loss:
-    """`eager`, compiled where wanted if its gradients on `inputs` are finite then; DivergedError if eager's are not.
-
-    torch 2.11 compiles some backward passes of masked attention into NaN: better slow than lost.
+    torch 2.11 compiles some backward passes into NaN: better slow than lost. DivergedError if eager's are not finite.
     """
-    tried: list[Loss] = [torch.compile(eager, dynamic=False)] if compiled else []
-    for loss in (*tried, eager):
-        loss(*inputs)[0].backward()
-        broken = _not_finite(modules)
-        for module in modules:
-            module.zero_grad(set_to_none=True)
+    fast: dict[str, Callable[[], Loss]] = {
+        "compiled": lambda: torch.compile(eager, dynamic=False),
+        "recorded": lambda: RecordedLoss(eager, modules, inputs, record),
+    }
+    for name, make in fast.items() if compiled else ():
+        try:
+            loss, broken = _tried(name, make, modules, inputs)
+        except RuntimeError as error:
+            print(f"[{name} loss] refused: {(str(error).splitlines() or [''])[0]}", flush=True)
+            continue
         if not broken:
             return loss
-        how = "compiled" if loss is not eager else "eager"
-        print(f"[{how} loss] gradients are not finite: {', '.join(broken[:4])} ({len(broken)} in all)", flush=True)
-    raise DivergedError(f"the loss has gradients that are not finite, first those of {broken[0]}")
+    _, broken = _tried("eager", lambda: eager, modules, inputs)
+    if broken:
+        raise DivergedError(f"the loss has gradients that are not finite, first those of {broken[0]}")
+    return eager
 
 
-def _not_finite(modules: Sequence[nn.Module]) -> list[str]:
-    named = [pair for module in modules for pair in module.named_parameters()]
-    return [name for name, parameter in named if parameter.grad is not None and not parameter.grad.isfinite().all()]
+def _tried(
+    name: str, make: Callable[[], Loss], modules: Sequence[nn.Module], inputs: tuple[Any, ...]
+) -> tuple[Loss, list[str]]:
+    """A loss, and the parameters whose gradients on `inputs` are not finite; no gradient is left behind."""
+    begin = time.monotonic()
+    try:
+        loss = make()
+        value = loss(*inputs)[0]
+        value.backward()
+        named = [pair for module in modules for pair in module.named_parameters()]
+        broken = [key for key, p in named if p.grad is not None and not p.grad.isfinite().all()]
+    finally:
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+    seconds = time.monotonic() - begin
+    print(f"[{name} loss] {float(value.detach()):.4g}, first gradients after {seconds:.1f} s", flush=True)
+    if broken:
+        print(f"[{name} loss] gradients are not finite: {', '.join(broken)}", flush=True)
+    return loss, broken

@@ -149,7 +149,7 @@ def train_head(head: DraftHead, model: Decoder, data: HeadData, recipe: Head) ->
     early = torch.zeros((), device=model.embed.weight.device)
     loss = finite_loss(eager, (head,), (data.batch(recipe.rows), early), compiled=early.is_cuda)
     optimizers, budget, log = Optimizers(head, recipe.learning), Budget(recipe.steps, recipe.seconds), Log("head")
-    step = 0
+    step, each = 0, recipe.rows * recipe.length
     while (progress := budget.progress(step)) < 1:
         late = torch.full((), recipe.acceptance if progress > 0.5 else 0.0, device=model.embed.weight.device)
         value, agreement = loss(data.batch(recipe.rows), late)
@@ -159,8 +159,8 @@ def train_head(head: DraftHead, model: Decoder, data: HeadData, recipe: Head) ->
         if step % 10 == 0:
             last = float(value.detach())
             if log.due:
-                log(step, loss=last, progress=progress, **_named(agreement))
-    log(step, loss=float(value.detach()), progress=1.0, **_named(agreement))
+                log(step, loss=last, progress=progress, **budget.pace(step, each), **_named(agreement))
+    log(step, loss=float(value.detach()), progress=1.0, **budget.pace(step, each), **_named(agreement))
     return log.rows
 
 

@@ -132,6 +132,16 @@ class Budget:
     def elapsed(self) -> float:
         return self._clock() - self._begin
 
+    def pace(self, step: int, tokens: int) -> dict[str, float]:
+        """For a log line: seconds that the first steps took, compilation with them, and tokens a second since then.
+
+        `tokens` are those of a step.
+        """
+        if self._settled is None:
+            return {}
+        since = max(self.elapsed() - self._settled, 1e-6)
+        return {"settled": self._settled, "tokens_per_second": (step - self.settle) * tokens / since}
+
     def progress(self, step: int) -> float:
         by_steps = step / self.steps
         if step < self.settle:

@@ -62,7 +62,7 @@ def train_phase(
     """Run one phase in place and return its curve."""
     mixture = Mixture(streams, phase.weights, phase.length, device, seed)
     optimizers, budget, log = Optimizers(model, phase.learning), Budget(phase.steps, phase.seconds), Log(phase.name)
-    step = 0
+    step, each = 0, phase.rows * phase.length
     while (progress := budget.progress(step)) < 1:
         tokens, marks = mixture.batch(phase.rows)
         value, _ = loss(tokens, *loss_weights(marks, phase.prompt_weight))
@@ -76,8 +76,8 @@ def train_phase(
             last = float(value.detach())
             if log.due:
                 more = optimizers.state() | (companion.state() if companion is not None else {})
-                log(step, loss=last, progress=progress, tokens=step * phase.rows * phase.length, **more)
-    log(step, loss=float(value.detach()), progress=1.0, tokens=step * phase.rows * phase.length)
+                log(step, loss=last, progress=progress, tokens=step * each, **budget.pace(step, each), **more)
+    log(step, loss=float(value.detach()), progress=1.0, tokens=step * each, **budget.pace(step, each))
     return log.rows
 
 

@@ -52,8 +52,12 @@ class SdpaPlan:
     def _build(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
         if self.span and self.batch.tokens.shape[1] == 1 and self.batch.ancestors is None and window is None:
             return None  # one row, one query, its own pages only
-        seen = visible(self.batch, self.length, window)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+        if self.span and self.batch.ancestors is None and window is None:
+            own = torch.full((1, self.batch.tokens.shape[1], self.length), float("-inf"), dtype=dtype)
+            mask = own.triu_(1 + self.length - own.shape[1])
+        else:
+            seen = visible(self.batch, self.length, window)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
         return mask.repeat_interleave(groups, dim=1)[:, None]
 
 

@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from target.deltanet import DeltaRows
+from target.deltanet import DeltaInputs, DeltaRows
+from target.kernels.deltanet_parts import launch_rows
+from target.kernels.dependent import dependent, settled
 
 LARGEST_BLOCK = 16  # values of a tile: 64 registers a thread hold it beside 128 keys
 
@@ -46,6 +48,7 @@ def rule_kernel(
     VALUES: tl.constexpr,
     KEYS_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row, head and block of values; results past the counted tokens are 0."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -54,6 +57,7 @@ def rule_kernel(
     here = value < VALUES
     tile = key[:, None] * VALUES + value
     inside = (key < KEYS)[:, None] & here
+    settled(PDL)
     slot = tl.load(slots_ptr + row)
     state = tl.load(store_ptr + (slot * HEADS + head) * KEYS * VALUES + tile, mask=inside, other=0.0)
     limit = tokens
@@ -79,22 +83,28 @@ def rule_kernel(
 
 
 class TritonRule:
-    """`target.states.Rule` in one launch each."""
+    """`target.states.Rule` in one launch each; with `pdl` they begin while the launch before still ends."""
+
+    def __init__(self, pdl: bool = False) -> None:
+        self.pdl = pdl
+
+    def rows(self, inputs: DeltaInputs, windows: Tensor, slots: Tensor) -> tuple[Tensor, DeltaRows]:
+        return launch_rows(inputs, windows, slots, self.pdl)
 
     def read(
         self, store: Tensor, slots: Tensor, q: Tensor, rows: DeltaRows, counts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if counts is None:
-            return _launch(store, slots, q, rows, None, store, 0), None
+            return _launch(store, slots, q, rows, None, store, 0, self.pdl), None
         end = store.new_empty(len(slots), *store.shape[1:])
-        return _launch(store, slots, q, rows, counts, end, 1), end
+        return _launch(store, slots, q, rows, counts, end, 1, self.pdl), end
 
     def replay(self, store: Tensor, slots: Tensor, rows: DeltaRows, counts: Tensor) -> None:
-        _launch(store, slots, rows.k, rows, counts, store, 2)
+        _launch(store, slots, rows.k, rows, counts, store, 2, self.pdl)
 
 
 def _launch(
-    store: Tensor, slots: Tensor, q: Tensor, rows: DeltaRows, counts: Tensor | None, end: Tensor, writes: int
+    store: Tensor, slots: Tensor, q: Tensor, rows: DeltaRows, counts: Tensor | None, end: Tensor, writes: int, pdl: bool
 ) -> Tensor:
     """The results [R, T, heads, VALUES]; those of a replay answer the keys, and nobody reads them."""
     heads, keys, values = store.shape[1:]
@@ -106,7 +116,7 @@ def _launch(
         slots if counts is None else counts, out, end,
         length, int(counts is not None), writes, v.stride(0), v.stride(1),
         HEADS=heads, RATIO=heads // rows.k.shape[2], KEYS=keys, VALUES=values,
-        KEYS_PAD=triton.next_power_of_2(keys), BLOCK=block, num_warps=1,
+        KEYS_PAD=triton.next_power_of_2(keys), BLOCK=block, num_warps=1, **dependent(pdl, store),
     )  # fmt: skip
     return out
 

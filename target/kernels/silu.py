@@ -103,8 +103,7 @@ def gated_kernel(
     part = part_of(tl.program_id(1), tl.num_programs(1))
     for block in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         release(block, last, PDL)
-        ask_behind((block == last) & asks, part, next_ptr, NEXT_ROWS, NEXT_RUN, NEXT_BYTES, NEXT_EACH,
-            NEXT_PAD)
+        ask_behind((block == last) & asks, part, next_ptr, NEXT_ROWS, NEXT_RUN, NEXT_BYTES, NEXT_EACH, NEXT_PAD)
         column = block + tl.arange(0, BLOCK_K)
         if TMA:
             gate_w, up_w = w_blocks.load([start, block]), w_blocks.load([INNER + start, block])

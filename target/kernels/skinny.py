@@ -94,8 +94,7 @@ def product_kernel(
     part = part_of(tl.program_id(1) * SPLIT + run, tl.num_programs(1) * SPLIT)
     for block in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         release(block, last, PDL)
-        ask_behind((block == last) & (first == 0), part, next_ptr, NEXT_ROWS, NEXT_RUN, NEXT_BYTES, NEXT_EACH,
-            NEXT_PAD)
+        ask_behind((block == last) & (first == 0), part, next_ptr, NEXT_ROWS, NEXT_RUN, NEXT_BYTES, NEXT_EACH, NEXT_PAD)
         column = block + tl.arange(0, BLOCK_K)
         if TMA:
             w = w_blocks.load([start, block])

@@ -77,6 +77,7 @@ def jobs(out: Path, devices: int = 1) -> list[Job]:
         _bench("mla", 200, *_peer("--flash-mla", "SPECULATOR_FLASHMLA"), out=out / "mla.json"),
         _bench("gqa", 120, *_peer("--flash3", "SPECULATOR_FLASH3"), out=out / "gqa.json"),
         _bench("round", 300, "--graphs", "split", "round", out=out / "round.json"),
+        _bench("hybrid", 240, "--shape", "hybrid-4b", out=out / "hybrid.json"),
         _bench("graphs", 120, out=out / "graphs.json"),
         _bench("graphs", 200, *FULL_CARD, out=out / "graphs_8b.json"),
         _gangs("ranks", sizes[-1], "--ranks", *map(str, sizes), out=out),

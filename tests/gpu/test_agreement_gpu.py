@@ -28,7 +28,7 @@ def vote(rank: int) -> list[object]:
 
 
 def test_ranks_agree_and_disagree_over_nccl(tmp_path: Path) -> None:
-    first, second = run_ranks(vote, 2, tmp_path, limit=60.0)
+    first, second = run_ranks(vote, 2, tmp_path, limit=60.0, afresh=True)
     assert first.value == second.value, (first, second)
     agreed, text, length = first.value
     assert (agreed, length) == (True, 3)

@@ -21,6 +21,7 @@ SIZES = [
     pytest.param(size, marks=pytest.mark.skipif(torch.cuda.device_count() < size, reason=f"needs {size} CUDA devices"))
     for size in (2, 4)
 ]
+LIMIT = 90.0  # seconds of a gang: one that hangs must not take the time of all tests
 pytestmark = pytest.mark.gpu
 
 
@@ -51,8 +52,8 @@ def test_gpus_commit_the_tokens_of_one(rows: Any, mode: str, size: int, tmp_path
     torch.backends.cuda.matmul.allow_tf32 = False
     pair = make_mtp_pair(tmp_path / "pair")
     alone = play(load_engine(config_of("", **settings(pair, "off"))), (0, 1, 2), shapes_of(False))
-    endings = run_ranks(on_gpus, size, tmp_path / "ranks", size, rows, settings(pair, mode), limit=240.0)
-    assert [e.error + e.text for e in endings] == [""] * size
+    endings = run_ranks(on_gpus, size, tmp_path / "ranks", size, rows, settings(pair, mode), limit=LIMIT, afresh=True)
+    assert [e.error + e.text + "hung" * e.hung for e in endings] == [""] * size
     found, passes = endings[0].value
     assert found == alone
     assert mode == "off" or passes["target verify"][0] > 5

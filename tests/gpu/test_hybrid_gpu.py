@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -17,6 +18,9 @@ from speculator.types import DraftShape, EngineInfo, SamplingParams
 from target.cache import PagedCache
 from target.config_hybrid import DeltaNetConfig
 from target.decoder import Decoder
+from target.deltanet import GatedDeltaNet, HybridAttend
+from target.fused import FUSED, FUSED_PDL
+from target.layers import TORCH
 from target.states import StateCache, StatePass, TorchRule, rule_for
 from tests.unit.test_recorded import record, replayed_share
 
@@ -76,6 +80,31 @@ def test_commits_are_decoding_bit_for_bit() -> None:
             at = 0
             begin(states, first)
         assert torch.equal(states.matrices[:, 2], plain[at]), round_
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_fused_layer_is_torch_at_published_sizes(grouped: bool) -> None:
+    """Also under dependent launches, which change no bit."""
+    from target.kernels.deltanet import TritonRule
+
+    torch.manual_seed(0)
+    made = GatedDeltaNet(0, 2048, replace(PUBLISHED, grouped=grouped), 1e-6).to("cuda", torch.bfloat16)
+    made, x, slots = made.requires_grad_(False), torch.randn(3, 5, 2048, device="cuda").bfloat16(), torch.arange(1, 4)
+    ways = ((TorchRule(), TORCH), (TritonRule(), FUSED), (TritonRule(pdl=True), FUSED_PDL))
+    found, stores = [], []
+    for rule, pieces in ways:
+        made.pieces = made.norm.pieces = pieces
+        states = filled(PUBLISHED, rule, device="cuda", dtype=torch.bfloat16)
+        for accepted in ([2, 5, 0], [1, 3, 5]):
+            run = StatePass(states, slots.to("cuda"))
+            found.append(made(x, x, x, HybridAttend(lambda *_: x, run.recur)))
+            run.commit(torch.tensor(accepted, device="cuda"))
+        stores.append(states.matrices)
+    for at in (0, 1):
+        torch.testing.assert_close(found[at + 2], found[at], rtol=2e-2, atol=2e-2)
+        assert torch.equal(found[at + 2], found[at + 4])
+    torch.testing.assert_close(stores[1], stores[0], rtol=1e-2, atol=1e-2)
+    assert torch.equal(stores[1], stores[2])
 
 
 def begin(states: StateCache, first: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Reading the vocabulary matrix on a CUDA device: numbers, noise to the bit, bits of a row, recorded launches."""
+"""Reading the vocabulary matrix and written logits on a CUDA device: numbers, noise, bits of a row, recordings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculator.sampling import gumbel_of
+from speculator.readout import kept
+from speculator.sampling import RowSampling, gumbel_of
+from speculator.types import SamplingParams
 from target.products import Config, FixedProduct, Table, default_config
-from target.readout import READ, ROWS, Asked, Readout, read_by_kernel, read_logits, values_of
+from target.readout import READ, ROWS, Asked, Keep, Readout, read_by_kernel, read_logits, read_written, values_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -163,10 +165,112 @@ def test_recorded_launches_answer_anew() -> None:
     same(found, twin(x, weight, asked))
 
 
-def test_more_rows_than_a_pass_pays_for_are_written() -> None:
-    x, weight = reals(ROWS + 1, N, K)
-    assert read_by_kernel(x, weight, F.linear, Asked(BEST)) is None
-    assert read_by_kernel(x[:ROWS], weight, F.linear, Asked(BEST)) is not None
+@pytest.mark.parametrize(("rows", "keep"), [(ROWS + 1, None), (256, None), (8, Keep(3, lambda best: best[:, 2:]))])
+def test_what_a_pass_does_not_pay_for_is_written(rows: int, keep: Keep | None) -> None:
+    x, weight = reals(rows, N, K)
+    asked = question(rows, N, BEST, "tnr")._replace(keep=keep)
+    found = read_by_kernel(x, weight, F.linear, asked)
+    assert found is not None
+    same(found, read_logits(F.linear(x, weight), asked, gumbel_of))
+
+
+# ---- written logits ----
+
+
+def written(rows: int, n: int, dtype: torch.dtype = BF16, gap: int = 8) -> Tensor:
+    """Logits as a model has them, with ties in half precision, and NaN between the rows."""
+    generator = torch.Generator("cuda").manual_seed(rows + n)
+    wide = torch.full((rows, n + gap), float("nan"), device="cuda")
+    wide[:, :n] = torch.randn(rows, n, generator=generator, device="cuda") * 3
+    return wide.to(dtype)[:, :n]
+
+
+def filters(rows: int, each: int = 1) -> RowSampling:
+    """Of rows / each rows, every kind in turn."""
+    given = [(0, 1.0, 0.0), (50, 0.9, 0.0), (0, 0.95, 0.0), (20, 1.0, 0.1), (0, 1.0, 0.05), (10**6, 0.5, 0.0)]
+    picked = [given[i % len(given)] for i in range(rows // each)]
+    params = [SamplingParams(temperature=0.4 + 0.3 * (i % 4), top_k=k, top_p=p, min_p=m)
+              for i, (k, p, m) in enumerate(picked)]  # fmt: skip
+    return RowSampling.from_params(params, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [BF16, HALF, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_logits_are_answered_as_by_the_twin(kind: str, dtype: torch.dtype) -> None:
+    for rows, n, best, gap in [(1, 1000, 1, 0), (33, 3001, BEST, 7)]:
+        logits, asked = written(rows, n, dtype, gap), question(rows, n, best, kind)
+        same(read_written(logits, asked), read_logits(logits, asked, gumbel_of))
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "kind", "best"), [(256, 128256, "tn", 1), (80, 32000, "tnir", 10), (300, 151936, "", 1)]
+)
+def test_written_vocabularies_of_models(rows: int, n: int, kind: str, best: int) -> None:
+    logits, asked = written(rows, n), question(rows, n, best, kind)
+    same(read_written(logits, asked), read_logits(logits, asked, gumbel_of))
+
+
+@pytest.mark.parametrize("dtype", [BF16, HALF, torch.float32])
+@pytest.mark.parametrize(("rows", "each", "n"), [(12, 1, 3000), (48, 8, 32000), (12, 2, 128256)])
+def test_floors_are_those_of_a_sort(dtype: torch.dtype, rows: int, each: int, n: int) -> None:
+    """To the bit where masses are not within rounding of what is wanted; there the next value, of the same mass."""
+    logits, sampling = written(rows, n, dtype), filters(rows, each)
+    hot = sampling.temperature.repeat_interleave(each)
+    keep = kept(sampling, (rows // each, each))
+    assert keep is not None and keep.find is not None
+    values = logits.float() / hot[:, None]
+    found, expected = keep.find(logits, hot), keep.floor(values.sort(dim=1, descending=True).values)
+    weights = values.double().softmax(-1)
+    mass = [weights.masked_fill(values < floor, 0).sum(-1) for floor in (found, expected)]
+    torch.testing.assert_close(*mass, rtol=0, atol=3e-6)
+    assert (found == expected).float().mean() > 0.6
+    assert all(
+        torch.equal(found[r : r + each], keep_of(sampling, r // each, each, logits, hot)) for r in range(0, rows, each)
+    )
+
+
+def keep_of(sampling: RowSampling, row: int, each: int, logits: Tensor, hot: Tensor) -> Tensor:
+    """The floors [each, 1] of one row's places by themselves."""
+    one, some = slice(row, row + 1), slice(row * each, (row + 1) * each)
+    alone = sampling._replace(**{name: getattr(sampling, name)[one] for name in ("top_k", "top_p", "min_p")})
+    keep = kept(alone, (1, each))
+    assert keep is not None and keep.find is not None
+    return keep.find(logits[some], hot[some])
+
+
+def test_a_written_row_gives_the_same_bits_whatever_shares_the_call() -> None:
+    logits, asked = written(256, 32000), question(256, 32000, BEST, "tnir")
+    whole = read_written(logits, asked)
+    for first, count in [(0, 1), (5, 1), (7, 8), (20, 99)]:
+        some = slice(first, first + count)
+        rowwise = {n: v[some] for n in ("temperature", "keys") if (v := getattr(asked, n)) is not None}
+        for a, b in zip(read_written(logits[some], asked._replace(**rowwise)), whole, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b[some])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_written_rows_of_nonsense_are_named(bad: float) -> None:
+    logits, keep = written(12, N).clone(), kept(filters(12), (12, 1))
+    logits[4, N - 1], logits[7] = bad, bad
+    for kind in KINDS:
+        for filtered in (None, keep):
+            found = read_written(logits, question(12, N, BEST, kind)._replace(keep=filtered))
+            assert found.finite.tolist() == [i not in (4, 7) for i in range(12)]
+            assert ((found.columns >= 0) & (found.columns < N)).all()
+
+
+def test_recorded_answers_about_filtered_rows_are_made_anew() -> None:
+    logits, sampling = written(12, N), filters(12)
+    asked = question(12, N, 3, "tnr")._replace(keep=kept(sampling, (12, 1)))
+    read_written(logits, asked)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = read_written(logits, asked)
+    logits.copy_(written(12, N, gap=9))
+    sampling.top_k.fill_(7)
+    graph.replay()
+    same(found, read_written(logits, asked))
+    same(found, read_logits(logits, asked, gumbel_of))
 
 
 def test_values_are_those_that_scores_were_made_of() -> None:

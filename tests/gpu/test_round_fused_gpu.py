@@ -40,7 +40,7 @@ def kernels() -> Iterator[None]:
     ahead.recorded.cache_clear()
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows, depth", [(1, 7), (3, 0), (8, 7), (64, 1), (64, 15), (5, 16)])
 def test_any_verdict_is_that_of_torch(rows: int, depth: int, mode: str) -> None:
     for seed in range(8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -19,6 +20,9 @@ Program = Callable[..., Any]  # program(rank, *arguments) -> what json can hold
 PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "tests.unit.ranks"]
 
 
+LAST_WORDS = 5.0  # seconds before a rank is killed
+
+
 class Ending(NamedTuple):
     """How one rank ended: what it returned, or the name and text of what it raised; `hung` when it had to be killed."""
 
@@ -28,12 +32,19 @@ class Ending(NamedTuple):
     hung: bool = False
 
 
-def run_ranks(program: Program, size: int, folder: Path, *arguments: Any, limit: float = 20.0) -> list[Ending]:
-    """Run `program` on `size` ranks of one gloo group; ranks still running after `limit` seconds are killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+def run_ranks(
+    program: Program, size: int, folder: Path, *arguments: Any, limit: float = 20.0, afresh: bool = False
+) -> list[Ending]:
+    """Run `program` on `size` ranks of one gloo group; ranks still running after `limit` seconds are killed.
+
+    Shortly before they say where they are. `afresh` is for GPUs: a fork may inherit a driver that it cannot use.
+    """
+    context: Any = multiprocessing.get_context("spawn" if afresh else "forkserver")
+    if not afresh:
+        context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = [context.Process(target=_rank, args=(program, rank, size, folder, arguments)) for rank in range(size)]
+    given = (size, folder, arguments, limit)
+    ranks = [context.Process(target=_rank, args=(program, rank, *given)) for rank in range(size)]
     for process in ranks:
         process.start()
     _join(ranks, time.monotonic() + limit)
@@ -53,7 +64,9 @@ def _ending(process: Any, report: Path) -> Ending:
     return Ending(**json.loads(report.read_text())) if report.exists() else Ending(hung=hung)
 
 
-def _rank(program: Program, rank: int, size: int, folder: Path, arguments: Sequence[Any]) -> None:
+def _rank(program: Program, rank: int, size: int, folder: Path, arguments: Sequence[Any], limit: float) -> None:
+    if limit > 2 * LAST_WORDS:
+        faulthandler.dump_traceback_later(limit - LAST_WORDS)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)

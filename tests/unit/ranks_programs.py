@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from graphs.agreement import DisagreementError
 from graphs.errors import CaptureMemoryError
 from speculator.config import Config, load
 from speculator.errors import SpeculatorError
 from speculator.load import load_engine
+from speculator.ranks.data import follower
 from speculator.ranks.engine import Follower, LeadEngine
+from speculator.ranks.gang import Hub, Limits, Member, Watch
+from speculator.ranks.pulse import Pulse
 from speculator.ranks.team import Team
 from speculator.types import DraftShape, Rule, SamplingParams
+from target.experts import EXPERTS
+from target.parallel import PARTS, TENSOR
 from tests.unit.engines import Driver
 
 PROMPTS = ((5, 9, 2, 40, 3, 8, 52, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21), (7, 1), (30, 31, 32, 33))
@@ -117,14 +127,67 @@ def votes(rank: int) -> Any:
 
         return capture
 
-    team.same("all", "configuration")
     said: list[Any] = [team.smallest(100 - rank, "pages"), team.capture(record(())), team.capture(record((0, 1)))]
     try:
         team.capture(record((1,)))
     except DisagreementError as error:
         said.append(str(error))
-    try:
-        team.same(f"of rank {rank}", "revision of the target")
-    except SpeculatorError as failure:
-        said.append(failure.message)
     return said
+
+
+WATCHED = Limits(silent=10.0, stalled=1.5)
+NAP = 0.4  # seconds, before every part of a layer; a pass takes many
+
+
+def watched(rank: int, folder: str, kind: str, sets: dict[str, object], hangs_at: int) -> Any:
+    """Rank 1 sleeps before each part of a layer, at one of them for ever; why the gang was lost is written down."""
+    torch.set_num_threads(1)
+    pulse, stages = Pulse(), 2 if kind == "stages" else 1
+    watch = watch_over(rank, folder, pulse)
+    axis = EXPERTS if kind == "experts" else TENSOR
+    team = Team.build(2 // stages, torch.device("cpu"), 60.0, told(watch), pulse, stages, axis)
+    engine = load_engine(config_of(folder, **sets), None, team)
+    if rank:
+        sleep_in(engine, hangs_at)
+        follower(engine, team).run()
+        return "followed"
+    assert isinstance(engine, LeadEngine)
+    watch.serving()
+    driver = Driver(engine)
+    sessions = driver.start(PROMPTS[2:], PARAMS[:1], CHAIN)
+    driver.rounds(sessions, 2, [CHAIN])
+    engine.end()
+    watch.end()
+    return [list(s.produced) for s in sessions]
+
+
+def watch_over(rank: int, folder: str, pulse: Pulse) -> Watch:
+    def lost(why: str) -> None:
+        Path(folder, f"why-{rank}").write_text(why)
+        os._exit(0)
+
+    hub = Hub(2, pulse, lost, "token", limits=WATCHED) if rank == 0 else None
+    addresses = [hub.address if hub else ""]
+    dist.broadcast_object_list(addresses)
+    watch: Watch = hub or Member(1, addresses[0], "token", pulse, lost, WATCHED)
+    watch.start()
+    return watch
+
+
+def told(watch: Watch) -> Callable[[str], str]:
+    """What rank 0 does about a failure: the watch may know whose fault it is."""
+    return watch.fail if isinstance(watch, Hub) else lambda why: why
+
+
+def sleep_in(engine: Any, hangs_at: int) -> None:
+    calls = iter(range(10**6))
+
+    def sleep(*inputs: Any) -> None:
+        time.sleep(NAP)
+        if next(calls) == hangs_at:
+            threading.Event().wait()
+
+    for model in (engine.model, engine.head):
+        for part in model.modules() if model else ():
+            if isinstance(part, PARTS):
+                part.register_forward_pre_hook(sleep)

@@ -112,8 +112,14 @@ def test_bent_logits_accept_exactly_so_many_levels(drafts: list[Draft], levels: 
 
 
 @pytest.mark.parametrize("levels", [0, 1, 2, 3])
-def test_bent_readings_accept_exactly_so_many_levels(levels: int) -> None:
-    drafts = [Draft((1, 2, 3, 4, 5, 6), (-1, -1, 0, 1, 3, 3)), Draft((7, 8, 9), (-1, 0, 1))]
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        [Draft((1, 2, 3, 4, 5, 6), (-1, -1, 0, 1, 3, 3)), Draft((7, 8, 9), (-1, 0, 1))],
+        [Draft((1, 0, 0), (-1, 0, 1)), Draft((0, 9, 11), (-1, 0, 1))],
+    ],
+)
+def test_bent_readings_accept_exactly_so_many_levels(drafts: list[Draft], levels: int) -> None:
     batch = batch_of(drafts)
     for seed in range(5):
         logits = torch.randn(2, batch.tokens.shape[1], 12, generator=torch.Generator().manual_seed(seed))
@@ -123,6 +129,7 @@ def test_bent_readings_accept_exactly_so_many_levels(levels: int) -> None:
         bent = bend(verified, batch, torch.tensor([levels, levels])).read(Asked())
         assert bent is not None
         said = bent.columns.view_as(batch.tokens).tolist()
+        assert all(0 <= token < 12 for row in said for token in row)
         assert [walk(draft, said[i]) for i, draft in enumerate(drafts)] == [levels, levels]
 
 
@@ -191,6 +198,8 @@ def test_long_plays_stay_in_their_pages() -> None:
         ("gated_kernel", PRODUCTS),
         ("read_kernel", PRODUCTS),
         ("merge_kernel", SAMPLING),
+        ("written_kernel", SAMPLING),
+        ("floor_kernel", SAMPLING),
         ("judge_tree_kernel", SAMPLING),
         ("split_kernel", ATTENTION),
         ("combine_kernel", ATTENTION),

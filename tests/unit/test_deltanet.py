@@ -214,16 +214,41 @@ def test_what_a_recording_must_hold_on_to() -> None:
     states, slots = StateCache([SHAPE], 3, torch.float32), torch.tensor([1, 2])
     step = StatePass(states, slots)
     step.recur(0, cut([song(9, 0), song(9, 1)], [0, 3], 4))
-    (kept,) = step.kept
-    assert sum(tensor is not None for tensor in kept) == 6  # the window stands twice
+    kept = step.kept
+    assert kept is not None and [part.shape[:2] for part in kept] == [(1, 2)] * 5
+    again = StatePass(states, slots)
+    again.adopt(DeltaRows(*(part.clone() for part in kept)))
+    again.commit(torch.tensor([2, 0]))
+    found = [store.clone() for store in (states.windows, states.matrices)]
+    states.clear(slots)
     step.commit(torch.tensor([2, 0]))
-    assert step.kept == []
+    assert step.kept is None
+    assert all(map(torch.equal, found, (states.windows, states.matrices))) and states.matrices[:, 1].any()
+
+
+def test_layers_move_on_together() -> None:
+    """Two layers in one commit are the two alone, and slots that no row has stay as they are."""
+    generator, slots, counts = torch.Generator().manual_seed(2), torch.tensor([3, 1]), torch.tensor([2, 4])
+    songs = [[song(9, 2 * layer), song(9, 2 * layer + 1)] for layer in (0, 1)]
+    filled = [torch.randn(2, 5, *sizes, generator=generator) for sizes in ((3, SIZES.channels), (6, 8, 16))]
+    stores = []
+    for layers in ([0, 1], [0], [1]):
+        states = StateCache([SHAPE] * len(layers), 5, torch.float32)
+        states.windows.copy_(filled[0][layers]), states.matrices.copy_(filled[1][layers])
+        run = StatePass(states, slots)
+        for place, layer in enumerate(layers):
+            run.recur(place, cut(songs[layer], [0, 3], 4))
+        run.commit(counts)
+        stores.append((states.windows, states.matrices))
+    for both, first, second, before in zip(*stores, filled, strict=True):
+        assert torch.equal(both, torch.cat((first, second)))
+        assert torch.equal(both[:, [0, 2, 4]], before[:, [0, 2, 4]]) and not torch.equal(both[:, 3], before[:, 3])
 
 
 # chunks
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 150])
 def test_chunks_are_the_recurrence(length: int) -> None:
     """In values and in gradients, also where a token forgets all."""
     inputs = song(length, 4)

@@ -9,8 +9,11 @@ from engines import VOCAB, Driver, tiny_engine, tiny_head, tiny_target
 from speculator.engine import Engine
 from speculator.errors import DraftNotFoundError, EngineFailedError, InvalidTreeError, NumericalError
 from speculator.heads.exact import ExactPlan, exact_pair
+from speculator.passes import EagerPasses, eager_passes
 from speculator.types import Draft, DraftShape, EngineInfo, Feed, Rule, SamplingParams, Step
+from target.attention.base import bind
 from target.attention.dense import attend_causal
+from target.batch import Batch, causal_positions
 from target.cache import PagedCache
 
 PROMPT = [5, 9, 33, 2, 8, 40, 11]
@@ -133,3 +136,22 @@ def test_log_probabilities_are_the_targets(target) -> None:
     expected = [float(logp[len(base) - 1 + i, t]) for i, t in enumerate(result.tokens)]
     assert result.logprobs == pytest.approx(expected, abs=1e-4)
     assert all(0 <= t < VOCAB for t in result.tokens)
+
+
+@pytest.mark.parametrize("kept", [(1,), (3,), (6,), (2, 4)])
+def test_catching_up_runs_as_many_rows_as_were_kept_and_gives_what_all_would(target, kept: tuple[int, ...]) -> None:
+    head = tiny_head(target, "eagle3")
+    engine = tiny_engine(target, head)
+    passes = eager_passes(target, head, engine.cache)
+    assert isinstance(passes, EagerPasses)
+    rows, counts = len(kept), torch.tensor(kept)
+    tokens, context = torch.randint(VOCAB, (rows, 6)), torch.full((rows,), 5)
+    pages = 1 + torch.arange(3 * rows).view(rows, 3)
+    batch = Batch(tokens, causal_positions(context, 6), context, counts, pages, longest=11)
+    features = torch.randn(rows, 6, head.record.feature_size)
+    whole = passes.catch_up_on(batch, features, tokens, bind(passes.head_attention, batch))
+    widths: list[int] = []
+    with head.register_forward_pre_hook(lambda _, args: widths.append(args[1].shape[1])):
+        found = passes.catch_up(batch, features, tokens)
+    assert widths == [max(kept)]
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)

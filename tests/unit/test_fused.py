@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from target.attention.base import Turn, bind, fused_form
 from target.attention.dense import attend_causal
 from target.attention.sdpa import SdpaAttention
-from target.batch import Batch
+from target.batch import Batch, causal_positions
 from target.cache import LayerShape, PagedCache
 from target.config import RopeConfig
+from target.deltanet import HybridAttend
 from target.errors import PlanError
 from target.fused import FUSED, GATED, GATED_MANY, fuse, fuse_where_possible, gated_config
+from target.gated import GatedAttention
 from target.layers import TORCH, GatedMLP, RMSNorm, SelfAttention, ZeroCentredNorm
 from target.products import Config, Entry, FastProduct, FixedProduct, Linear, Table, library
 from target.rope import Rope, rotate, rotate_pairs
@@ -327,6 +329,36 @@ def test_a_row_of_a_qkv_product_has_the_same_bits_whoever_else_is_there(tree: bo
         )  # fmt: skip
         row = Scene(s.cache, alone, s.q[one], s.k[one], s.v[one])
         assert torch.equal(run_fused(row, turn._replace(cos=turn.cos[one], sin=turn.sin[one]))[0], together[r])
+
+
+def nothing(*_: object) -> Tensor:
+    raise AssertionError("a layer with attention has no state")
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("queries", [1, 3])
+def test_gated_attention(queries: int) -> None:
+    """A hybrid's: zero-centred norms, rotation in part, a gate beside the queries; results and what is stored."""
+    from target.attention.triton import TritonAttention
+
+    made, sizes = GatedAttention(0, 24, 4, 2, 16, 1e-6).requires_grad_(False), (2, queries)
+    for norm in (made.q_norm, made.k_norm):
+        norm.weight.data = 0.3 * noise(16, seed=queries)
+    context, x = torch.tensor([5, 0]), noise(*sizes, 24)
+    batch = Batch(
+        torch.zeros(sizes, dtype=torch.int64), causal_positions(context, queries), context,
+        torch.full((2,), queries), torch.tensor([[1], [2]]), longest=16, static=True,
+    )  # fmt: skip
+    cos, sin = Rope(RopeConfig(theta=100.0), 8)(batch.positions, x.dtype)
+    found, stores = [], []
+    for kind, pieces in ((SdpaAttention, TORCH), (TritonAttention, FUSED)):
+        cache = PagedCache([[LayerShape(2, 16)]], 3, 16, torch.float32)
+        cache.layers[0][16:] = noise(*cache.layers[0][16:].shape, seed=9)
+        made.pieces = made.q_norm.pieces = made.k_norm.pieces = pieces
+        found.append(made(x, cos, sin, HybridAttend(bind(kind(cache), batch), nothing)))
+        stores.append(cache.layers[0])
+    close(*found)
+    close(*(store[16:] for store in stores))
 
 
 @on_the_interpreter

@@ -11,6 +11,7 @@ from hybrid_models import FAMILIES, VOCAB, hybrid_engine, hybrid_head, hybrid_ta
 from torch import Tensor
 
 from graphs.tape import TapeRecorder
+from speculator.bench.theory import listening
 from speculator.engine import Engine
 from speculator.errors import EngineFailedError, InvalidTreeError, NumericalError
 from speculator.passes import EagerPasses
@@ -292,12 +293,19 @@ def test_a_row_that_changes_hands_forgets(target: Decoder) -> None:
     assert [s.produced[:COUNT] for s in again] == plain(target, [GREEDY] * 4)
 
 
-def test_passes_that_take_no_states_are_refused(target: Decoder) -> None:
-    from speculator.bench.theory import listening
-
+def test_passes_that_take_no_states_are_refused(target: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     _, sessions, engine = started(target)
-    with listening(engine), pytest.raises(EngineFailedError, match="Listener takes no recurrent states"):
+    monkeypatch.setattr(engine, "passes", object())
+    with pytest.raises(EngineFailedError, match="object takes no recurrent states"):
         engine.step([Step(0, sessions[0].cached, sessions[0].pages, root=sessions[0].tokens[-1], draft=Draft())])
+
+
+def test_passes_that_hand_on_take_states(target: Decoder) -> None:
+    driver, sessions, engine = started(target)
+    with listening(engine) as listener:
+        driver.rounds(sessions, COUNT, [CHAIN] * 4)
+    assert listener.logits is not None
+    assert [s.produced[:COUNT] for s in sessions] == plain(target, [GREEDY] * 4)
 
 
 def test_the_attention_of_a_pass_is_bound_as_it_is_elsewhere(target: Decoder) -> None:
@@ -358,12 +366,13 @@ def test_what_a_replay_kept_is_the_eager_pass_bit_for_bit(target: Decoder) -> No
         with torch.inference_mode():
             engine.rows.cached[torch.arange(3)] = torch.tensor([s.cached for s in sessions])
             engine._verify(steps, range(3))
-            kept = [[None if x is None else x.clone() for x in layer] for layer in pending._pending[-1][0].kept]
+            found = pending._pending[-1][0].kept
+            assert found is not None
+            kept = [part.clone() for part in found]
             graph = next(g for shape, g in passes.verifying.graphs.items() if (shape.rows, shape.query_len) == (4, 5))
             _, twin = passes.twin(passes.verifying, graph)
-        for layer, again in zip(kept, twin, strict=True):
-            for x, y in zip(layer, again, strict=True):
-                assert (x is None and y is None) or torch.equal(x, y[:3])
+        for ours, again in zip(kept, twin, strict=True):
+            assert torch.equal(ours, again[:, :3])
         assert unchanged(engine, before)
 
 

@@ -20,7 +20,7 @@ from speculator.train.recipe import DeltaRecipe, Head, RecipeError, TargetRecipe
 from target.attention.dense import dense_attend
 from target.decoder import Decoder
 from target.deltanet import GatedDeltaNet
-from target.deltanet_chunks import CHUNK, unit_lower_inverse
+from target.deltanet_chunks import CHUNK, UnitLowerInverse, unit_lower_inverse
 
 SIZES = TargetRecipe(
     hidden_size=32, layers=4, heads=4, kv_heads=2, head_dim=8, intermediate_size=48,
@@ -76,6 +76,16 @@ def test_the_inverse_holds_where_keys_are_alike(alike: float) -> None:
     exact = torch.linalg.inv(torch.eye(CHUNK, dtype=torch.float64) + lower.double())
     ours = unit_lower_inverse(lower).double()
     assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_the_gradient_of_the_inverse_is_that_of_its_steps() -> None:
+    lower = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    parts = [lower.clone().requires_grad_(), lower.clone().requires_grad_()]
+    weights = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for part, inverse in zip(parts, (UnitLowerInverse.apply, unit_lower_inverse), strict=True):
+        (inverse(part.tril(-1)) * weights).sum().backward()
+    assert parts[0].grad is not None
+    torch.testing.assert_close(parts[0].grad, parts[1].grad)
 
 
 class HalfPrecision(torch.autocast):

@@ -1,7 +1,8 @@
-"""Reading the vocabulary matrix: the kernels on the interpreter against the torch twin."""
+"""Reading the vocabulary matrix and written logits: the kernels on the interpreter against the torch twin."""
 
 from __future__ import annotations
 
+import math
 import os
 from importlib.util import find_spec
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from speculator.sampling import gumbel_of
+from target import readout
 from target.products import Config
-from target.readout import Asked, Readout, read_logits
+from target.readout import ROWS, Asked, Keep, Readout, read_by_kernel, read_logits
 
 CONFIGS = [Config(16, 32), Config(64, 64, tma=False), Config(128, 128, stages=2, warps=8)]
 LOWEST = -(2**62)
@@ -173,3 +175,109 @@ def test_a_row_gives_the_same_bits_whatever_shares_the_call(kind: str) -> None:
 def test_no_rows() -> None:
     found = read(torch.zeros(0, 16), torch.zeros(32, 16), Asked(2, ranked=True), Config(16, 16))
     assert found.columns.shape == (0, 2) and found.score_total is not None
+
+
+# ---- logits that others have written ----
+
+DTYPES = [torch.float32, torch.float16]
+
+
+def logits_of(rows: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0, gap: int = 3) -> Tensor:
+    """Few different numbers, so that many tie; NaN between the rows."""
+    wide = torch.full((rows, n + gap), float("nan"))
+    wide[:, :n] = torch.randint(-9, 10, (rows, n), generator=torch.Generator().manual_seed(seed + rows + n)) / 4
+    return wide.to(dtype)[:, :n]
+
+
+def keeping(width: int) -> Keep:
+    """The best `width` and all that tie with the last of them."""
+    return Keep(width, lambda best: best[:, width - 1 :])
+
+
+def ask(logits: Tensor, asked: Asked, block: int) -> Readout:
+    from target.kernels.lm_head import launch_written
+
+    return launch_written(logits, asked, readout._least(logits, asked), block=block)
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["", "t", "tn", "tni", "r", "tr", "tnr", "tnir"])
+@pytest.mark.parametrize("keep", [None, 1, 20])
+def test_written_logits_are_answered_as_by_the_twin(kind: str, dtype: torch.dtype, keep: int | None) -> None:
+    for rows, n, best, block in [(1, 48, 1, 64), (5, 150, 3, 64), (7, 70, 16, 128)]:
+        asked = question(rows, n, best, kind)._replace(keep=None if keep is None else keeping(keep))
+        logits = logits_of(rows, n, dtype)
+        same(ask(logits, asked, block), read_logits(logits, asked, gumbel_of))
+
+
+@on_the_interpreter
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 6), n=st.integers(16, 300), best=st.integers(1, 16), gap=st.integers(0, 40),
+    kind=st.sampled_from(["", "tn", "tnir"]), keep=st.sampled_from([None, 1, 7]), block=st.sampled_from([32, 256]),
+)  # fmt: skip
+def test_any_written_shape(rows: int, n: int, best: int, gap: int, kind: str, keep: int | None, block: int) -> None:
+    asked = question(rows, n, best, kind)._replace(keep=None if keep is None else keeping(keep))
+    logits = logits_of(rows, n, gap=gap)
+    same(ask(logits, asked, block), read_logits(logits, asked, gumbel_of))
+
+
+@on_the_interpreter
+def test_many_written_rows() -> None:
+    logits, asked = logits_of(300, 40), question(300, 40, 1, "t")
+    same(ask(logits, asked, 64), read_logits(logits, asked, gumbel_of))
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("best", [1, 4, 16])
+def test_among_written_equals_and_among_excluded_ones_the_smallest_id_wins(best: int) -> None:
+    """A row keeps three of its values; who asks for more hears of excluded columns, each once."""
+    logits = torch.zeros(3, 100)
+    logits[:, [7, 40]], logits[:, [41, 99]] = 2.0, 3.0
+    found = ask(logits, Asked(best, keep=keeping(2)), 32)
+    order = [41, 99, *(i for i in range(100) if i not in (41, 99))]
+    assert found.columns.tolist() == [order[:best]] * 3
+    assert found.scores.tolist() == [([3.0, 3.0] + [-math.inf] * 14)[:best]] * 3
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("kind", ["", "tnir"])
+@pytest.mark.parametrize("keep", [None, 5])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_written_row_of_nonsense_says_so_and_spares_the_others(bad: float, kind: str, keep: int | None) -> None:
+    logits, asked = logits_of(4, 77), question(4, 77, 6, kind)._replace(keep=keeping(keep) if keep else None)
+    expected = read_logits(logits, asked, gumbel_of)
+    spoilt = logits.clone()
+    spoilt[1, 76], spoilt[2] = bad, bad
+    found = ask(spoilt, asked, 32)
+    assert found.finite.tolist() == [True, False, False, True]
+    assert ((found.columns >= 0) & (found.columns < 77)).all()
+    assert torch.equal(found.columns[[0, 3]], expected.columns[[0, 3]])
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("kind", ["", "tnir"])
+def test_a_written_row_gives_the_same_bits_whatever_shares_the_call(kind: str) -> None:
+    logits, asked = logits_of(12, 150), question(12, 150, 4, kind)._replace(keep=keeping(9))
+    whole = ask(logits, asked, 64)
+    rowwise = {name: value for name in ("temperature", "keys") if (value := getattr(asked, name)) is not None}
+    for row in (0, 7, 11):
+        one = slice(row, row + 1)
+        alone = ask(logits[one], asked._replace(**{n: v[one] for n, v in rowwise.items()}), 64)
+        for a, b in zip(alone, whole, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b[one])
+
+
+@on_the_interpreter
+def test_who_is_asked_writes_what_the_weights_are_not_read_for() -> None:
+    """More rows than one pass over the weights pays for, weights of another type, filters; not more than is kept."""
+    x, weight = inputs(ROWS + 1, 48, 64, torch.float16)
+    for asked in (Asked(), Asked(keep=keeping(3))):
+        found = read_by_kernel(x, weight, torch.nn.functional.linear, asked)
+        assert found is not None
+        same(found, twin(x, weight, asked))
+    x, weight = inputs(2, 48, 64)
+    found = read_by_kernel(x, weight, torch.nn.functional.linear, Asked(best=4))
+    assert found is not None
+    same(found, twin(x, weight, Asked(best=4)))

@@ -163,7 +163,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 def type_of(value: Any) -> str:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+    reals = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    names = reals | {torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
     if isinstance(value, Tensor):
         return f"*{names[value.dtype]}"
     if isinstance(value, TensorDescriptor):
@@ -257,6 +258,27 @@ def test_so_do_products_in_parts_with_silu_and_of_the_vocabulary(tma: bool, laun
     assert [launch.name for launch in launches] == [
         "product_kernel", "sum_kernel", "product_kernel", "gated_kernel", "read_kernel", "merge_kernel"
     ]  # fmt: skip
+    for launch in launches:
+        check(launch)
+
+
+@compiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_so_do_those_that_read_written_logits(dtype: torch.dtype, launches: list[Launch]) -> None:
+    """Filters and noise, a vocabulary of its own, rows of any distance and one row alone."""
+    from speculator.kernels.floor import launch_floor
+    from target.kernels.lm_head import launch_written
+
+    for rows, width in ((6, 131072), (1, 1024)):
+        logits, each = torch.zeros(rows, width, dtype=dtype)[:, :1003], rows // 2 or 1
+        warm, keys, few = torch.ones(rows), torch.ones(rows, dtype=torch.int64), torch.ones(rows // each)
+        least = launch_floor(logits, warm, few.long(), few / 2, few, each, pdl=True)
+        asked = Asked(10, warm, keys, torch.arange(1003), ranked=True)
+        launch_written(logits, asked, least, pdl=True)
+        launch_written(logits, Asked(), pdl=True)
+    assert [launch.name for launch in launches] == [
+        "floor_kernel", "written_kernel", "merge_kernel", "written_kernel", "merge_kernel"
+    ] * 2  # fmt: skip
     for launch in launches:
         check(launch)
 

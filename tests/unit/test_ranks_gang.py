@@ -7,14 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 
 from speculator.ranks.gang import Hub, Limits, Member
 from speculator.ranks.pulse import Pulse
 
-FAST = Limits(silent=0.8, stalled=0.8, absent=1.5)
+FAST = Limits(silent=0.8, stalled=0.8, starting=0.8, absent=1.5)
 MEMBER = """
 import sys, time
 from speculator.ranks.gang import Limits, Member
@@ -110,16 +111,55 @@ def test_a_process_that_dies_or_is_stopped_is_named(stop: str) -> None:
         other.end()
 
 
-def test_the_rank_that_came_least_far_is_the_one_that_hangs() -> None:
-    with hub(3) as gang:
+def waits(pulse: Pulse, stack: ExitStack) -> None:
+    stack.enter_context(pulse.waiting())
+
+
+@pytest.mark.parametrize(
+    ("acts", "named"),
+    [
+        ([(2, waits), (2, waits), (2, None)], "rank 2 of 3 stalled in step 2: no progress for"),
+        ([(2, None), (2, waits), (2, waits)], "rank 0 of 3 stalled in step 2: no progress for"),
+        ([(3, waits), (2, None), (3, None)], "rank 1 of 3 stalled in step 2: no progress for"),
+        ([(3, waits), (3, waits), (2, waits)], "rank 2 of 3 stalled in step 2: no progress for"),
+        ([(2, waits), (2, waits), (2, waits)], "ranks 0, 1, 2 of 3 stalled in step 2: no progress for"),
+    ],
+    ids=["one works", "rank 0 works", "one is behind", "one waits elsewhere", "all wait"],
+)
+def test_the_rank_that_others_wait_for_is_the_one_that_hangs(acts: list[tuple[int, Any]], named: str) -> None:
+    with hub(3) as gang, ExitStack() as stack:
         members = [join(gang, rank) for rank in (1, 2)]
-        for pulse in (gang.pulse, members[0].pulse):
-            pulse.tick("a step")
-            pulse.tick("a step")
-        members[1].pulse.tick("a step")
-        assert gang.told.wait().startswith("rank 2 of 3 stalled in a step")  # type: ignore[attr-defined]
+        for pulse, (step, act) in zip([gang.pulse, *(m.pulse for m in members)], acts, strict=True):
+            pulse.step(step)
+            if act:
+                act(pulse, stack)
+        assert gang.told.wait().startswith(named)  # type: ignore[attr-defined]
         for member in members:
             member.end()
+
+
+def test_one_that_goes_on_slowly_and_one_that_waits_for_it_are_left_alone() -> None:
+    with hub(2) as gang:
+        member = join(gang, 1)
+        member.pulse.step(1)
+        gang.pulse.step(1)
+        with gang.pulse.waiting():
+            for _ in range(8):  # which is longer than the limit
+                time.sleep(0.2)
+                member.pulse.on()
+            assert gang.told.why == []  # type: ignore[attr-defined]
+        member.end()
+
+
+def test_what_may_take_long_at_the_start_may_not_while_the_gang_serves() -> None:
+    with hub(2, FAST._replace(starting=30.0)) as gang:
+        member = join(gang, 1)
+        gang.pulse.rest("serving")
+        time.sleep(1.2)
+        assert gang.told.why == []  # type: ignore[attr-defined]
+        gang.serving()
+        assert gang.told.wait().startswith("rank 1 of 2 stalled in starting")  # type: ignore[attr-defined]
+        member.end()
 
 
 def test_a_rank_that_fails_says_why_to_all() -> None:

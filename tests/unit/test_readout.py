@@ -110,22 +110,27 @@ def test_one_row_at_many_places_is_asked_about_from_whole_memory(keys: Tensor | 
     assert keys is None or (asked[0].keys == keys).all()
 
 
-@pytest.mark.parametrize("filtered", [{"top_p": 0.5}, {"repetition_penalty": 1.5}], ids=lambda f: next(iter(f)))
-def test_what_changes_scores_needs_written_logits(filtered: dict[str, float]) -> None:
-    rows = RowSampling.from_params([SamplingParams(temperature=1.0, **filtered)], CPU)  # type: ignore[arg-type]
+def test_what_changes_scores_needs_the_logits_themselves() -> None:
+    rows = RowSampling.from_params([SamplingParams(temperature=1.0, repetition_penalty=1.5)], CPU)
     assert target_draws(never, rows, torch.zeros(1, 2, dtype=torch.int64)) is None
 
 
 def never(asked: Asked) -> None:
-    raise AssertionError("asked although a filter has to see all logits")
+    raise AssertionError("asked although a penalty changes what is asked about")
 
 
-@pytest.mark.parametrize(
+FILTERS = pytest.mark.parametrize(
     "filtered",
-    [{"top_k": 5}, {"top_k": 5, "top_p": 0.4}, {"top_k": 7, "min_p": 0.3}, {"min_p": 0.2}, {"top_k": 99}],
+    [
+        {"top_k": 5}, {"top_k": 5, "top_p": 0.4}, {"top_k": 7, "min_p": 0.3}, {"min_p": 0.2}, {"top_k": 99},
+        {"top_p": 0.5}, {"top_p": 0.7, "min_p": 0.05},
+    ],
     ids=lambda given: "-".join(f"{name}-{value}" for name, value in given.items()),
-)
-def test_filters_that_see_the_best_scores_alone_draw_as_written_ones(filtered: dict[str, float]) -> None:
+)  # fmt: skip
+
+
+@FILTERS
+def test_filters_draw_as_from_written_scores(filtered: dict[str, float]) -> None:
     plain = SamplingParams(temperature=1.3, seed=4)
     hot = [SamplingParams(temperature=t, seed=8, **filtered) for t in (0.0, 0.9)]  # type: ignore[arg-type]
     rows, excluded = RowSampling.from_params([plain, *hot], CPU), 0
@@ -139,22 +144,30 @@ def test_filters_that_see_the_best_scores_alone_draw_as_written_ones(filtered: d
         expected = logits.float().log_softmax(-1).gather(-1, draws.tokens[..., None])[..., 0]
         torch.testing.assert_close(draws.logprobs, expected)
     assert excluded
-    assert draft_ranking(never, rows, counter, 3, None, True) is None
 
 
-def test_best_values_may_come_from_other_columns_too() -> None:
-    """A part of the columns keeps what is among the best of all."""
-    logits, floors = torch.tensor([[5.0, 4.0, 1.0, 0.0]]), []
+@FILTERS
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_filtered_ranking_is_normalised_over_what_is_kept(filtered: dict[str, float], coupled: bool) -> None:
+    hot = [SamplingParams(temperature=t, seed=8, **filtered) for t in (0.0, 0.9, 1.4)]  # type: ignore[arg-type]
+    rows, logits, counter = RowSampling.from_params(hot, CPU), logits_of(), torch.arange(12).view(3, 4)
+    found = draft_ranking(reads(logits), rows, counter, 3, None, coupled)
+    logq = scores(logits, rows, None).log_softmax(-1)
+    wanted = logq
+    if coupled:
+        noise = gumbel(rows.seed, counter, Stream.TARGET, torch.arange(50))
+        wanted = (logq + noise * (rows.temperature > 0)[:, None, None]).log_softmax(-1)
+    best, columns = wanted.sort(dim=-1, descending=True, stable=True)
+    assert found is not None and torch.equal(found.columns, columns[..., :3])
+    torch.testing.assert_close(found.scores, best[..., :3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.logprobs, logq.gather(-1, found.columns), rtol=1e-5, atol=1e-5)
 
-    def join(own: torch.Tensor) -> torch.Tensor:
-        floors.append(own)
-        return torch.tensor([[9.0, 4.5]])
 
-    keep = Keep(2, lambda best: best[:, 1:])
-    found = read_logits(logits, Asked(best=2, keep=keep), gumbel_of, join)
-    assert floors[0].tolist() == [[5.0, 4.0]]
-    assert found.columns[:, 0].tolist() == [0] and found.scores.tolist() == [[5.0, float("-inf")]]
+def test_a_filter_sees_the_best_values_or_all_of_them() -> None:
+    logits = torch.tensor([[4.0, 5.0, 1.0, 0.0]])
     assert Keep(6, lambda best: best[:, 5:]).floor(readout._best_values(logits, 6)).tolist() == [[float("-inf")]]
+    assert readout._best_values(logits, 2).tolist() == [[5.0, 4.0]]
+    assert readout._best_values(logits, 0).tolist() == [[5.0, 4.0, 1.0, 0.0]]
 
 
 def test_nobody_reads_on_a_cpu() -> None:
@@ -207,9 +220,3 @@ def test_more_best_tokens_than_a_block_keeps_are_not_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(readout, "reading_config", lambda *given: READ)
     assert read_by_kernel(torch.zeros(1, 4), torch.zeros(99, 4), F.linear, Asked(MOST + 1)) is None
     assert read_by_kernel(torch.zeros(1, 4), torch.zeros(5, 4), F.linear, Asked(6)) is None
-
-
-def test_filters_are_not_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readout, "reading_config", lambda *given: READ)
-    keep = Keep(1, lambda best: best)
-    assert read_by_kernel(torch.zeros(1, 4), torch.zeros(5, 4), F.linear, Asked(keep=keep)) is None

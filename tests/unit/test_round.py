@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -42,7 +43,7 @@ def record(engine: Engine, shape: DraftShape, rows: int = 4, rung: int | None = 
     """Give an engine recorded rounds, on a tape that spoils everything between replays; `rung` 0 pads to `rows`."""
     info = engine.info
     assert isinstance(engine.passes, EagerPasses)
-    sizes = Sizes(rows, CAPACITY // info.page_size, info.page_size, shape)
+    sizes = Sizes(rows, CAPACITY // info.page_size, info.page_size, shape, every_rule=given.pop("every_rule", False))
     recorder: Recorder = CudaRecorder() if engine.device.type == "cuda" else TapeRecorder(poison_between_replays=True)
     kind = given.pop("kind", Rounds)
     engine.rounds = kind(engine.passes, recorder, sizes, engine.cache, engine.rows, engine.lookback, rung=rung, **given)
@@ -63,15 +64,15 @@ class Lent(NamedTuple):
 
 
 @functools.cache
-def _made(kind: str, shape: DraftShape, device: str) -> Lent:
+def _made(kind: str, shape: DraftShape, device: str, every_rule: bool) -> Lent:
     target, head = pair(kind, device)
     engine = tiny_engine(target, head)
-    return Lent(target, head, engine, record(engine, shape))
+    return Lent(target, head, engine, record(engine, shape, every_rule=every_rule))
 
 
-def lent(kind: str, shape: DraftShape, device: str) -> Lent:
+def lent(kind: str, shape: DraftShape, device: str, every_rule: bool = False) -> Lent:
     """One engine for many tests, since recording on a tape takes seconds; its counters begin anew."""
-    made = _made(kind, shape, device)
+    made = _made(kind, shape, device, every_rule)
     made.rounds.manager._tally.counts = Counts()
     return made
 
@@ -185,8 +186,14 @@ def scramble(rounds: Rounds, graph: Any, draw: torch.Generator) -> None:
     tables = memory["tables"]
     tables.copy_((torch.randperm(tables.numel(), **given) % (rounds.cache.pages - 1) + 1).view(tables.shape))
     tables[spare] = 0
-    for name, value in (("temperature", 0.8), ("top_p", 0.9), ("min_p", 0.01), ("top_k", 20)):
-        memory[name].fill_(value)
+    for name, value in (("temperature", 0.8), ("top_p", 0.9), ("min_p", 0.01), ("top_k", 20), ("penalty", 1.3)):
+        if name in memory:
+            memory[name].fill_(value)
+    if "rule" in memory:
+        memory["rule"].copy_(torch.arange(len(memory["rule"]), device=draw.device) % 3)
+        memory["seen"].copy_(torch.randint(0, 2, memory["seen"].shape, **given))
+    if "q" in memory:
+        memory["q"].copy_(memory["q"].softmax(-1))
     if "end" in memory:
         memory["end"].copy_(memory["cached"])
         memory["held"].fill_(1)
@@ -279,9 +286,9 @@ def test_sessions_with_and_without_drafts_share_a_round(device: str = "cpu") -> 
 
 
 def visitors(
-    engine: Engine, shape: DraftShape, events: int, rows: int = 4, seed: int = 3
+    engine: Engine, shape: DraftShape, events: int, rows: int = 4, seed: int = 3, rules: Sequence[Rule] = ()
 ) -> dict[int, list[StepResult]]:
-    """Sessions that come and go at random, in rows and pages that others had."""
+    """Sessions that come and go at random, in rows and pages that others had; `rules` come with penalties."""
     driver, draw, here = Listening(engine), random.Random(seed), dict[int, Sequence_]()
     for number in range(events):
         row = draw.randrange(rows)
@@ -290,6 +297,9 @@ def visitors(
         elif row not in here:
             prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(2, 40))]
             params = SamplingParams(draw.choice([0, 0.9]), top_k=draw.choice([0, 20]), seed=number)
+            if rules:
+                penalty = draw.choice([1.0, 1.3])
+                params = replace(params, rule=draw.choice(rules), repetition_penalty=penalty)
             here[row] = driver.enter(row, prompt, params, shape)
         for _ in range(draw.randint(1, 5)):
             going = [s for s in here.values() if draw.random() < 0.9 and len(s.produced) < 50]

@@ -32,6 +32,7 @@ from speculator.rows import Rows
 from speculator.sampling import gumbel_of
 from speculator.types import DraftShape, SamplingParams
 from target.batch import Batch
+from target.fused import fuse
 from target.readout import read_logits
 from tests.unit import test_run_ahead as ahead
 from tests.unit.engines import tiny_engine, tiny_head, tiny_target
@@ -74,6 +75,9 @@ def scene(rows: int, depth: int, seed: int, device: torch.device = CPU, pages: i
     orders = torch.tensor([_order(dice, row, depth, state.spare) for row in dice.sample(range(count - 1), rows)])
     logits = ints(-3, 4, rows, depth + 1, WORDS).float()
     logits[ints(0, 30, rows, depth + 1) == 0, 0] = float("nan")
+    filters = {"top_k": ints(0, 5, count), "top_p": ints(2, 5, count) / 4, "min_p": ints(0, 3, count) / 9}
+    for name, values in filters.items():
+        state.memory[name].copy_(values)
     return Scene(Memory(state, kept, None, None, 999), orders.to(device), logits.to(device))  # type: ignore[arg-type]
 
 
@@ -152,7 +156,7 @@ def both(
 @given(
     rows=st.integers(1, 9),
     depth=st.integers(0, 16),
-    mode=st.sampled_from([GREEDY, NOISE]),
+    mode=st.sampled_from([GREEDY, NOISE, FILTERED]),
     seed=st.integers(0, 10**6),
 )
 def test_any_verdict_is_that_of_torch(rows: int, depth: int, mode: str, seed: int) -> None:
@@ -177,12 +181,13 @@ def test_a_round_without_drafts() -> None:
 
 @on_the_interpreter
 def test_drafts_start_after_the_newest_committed_token() -> None:
-    outputs = torch.randn(24, 5, 16, generator=torch.Generator().manual_seed(2))[..., :8]
+    parts = torch.randn(24, 5, 16, generator=torch.Generator().manual_seed(2)).split(8, dim=-1)
+    outputs = parts[0] + parts[1]
 
     def newest(batch: Batch, *_: Any) -> Tensor:
         return outputs.gather(1, (batch.counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, 8))
 
-    passes, kept = SimpleNamespace(outputs=lambda *_: outputs, catch_up=newest), []
+    passes, kept = SimpleNamespace(outputs=lambda *_: parts, catch_up=newest), []
     for glue in (TorchGlue, chain_glue()):
         s = scene(24, 4, 1)
         round_ = glue(s.memory, Kind(5, GREEDY, DraftShape(4), False))
@@ -229,7 +234,7 @@ def played(rounds: Rounds, shape: GraphShape, fused: bool, seed: int) -> tuple[l
 
 @on_the_interpreter
 @pytest.mark.parametrize("kind", ["eagle", "own ids", "mtp"])
-@pytest.mark.parametrize("mode", [GREEDY, NOISE])
+@pytest.mark.parametrize("mode", [GREEDY, NOISE, FILTERED])
 def test_whole_rounds_say_and_leave_what_they_do_in_torch(kind: str, mode: str) -> None:
     rounds = rounds_of(kind)
     for queries, rows in ((5, 1), (5, 4), (2, 3), (1, 2)):
@@ -315,7 +320,8 @@ def test_between_the_passes_there_is_one_kernel_before_two_after_and_one_a_level
     for launch in ("launch_begin", "launch_judge", "launch_settle", "launch_note"):
         monkeypatch.setattr(fused, launch, between.a_pass(getattr(fused, launch), launch))
     passes, head = rounds.eager, rounds.eager.head
-    for owner, name in ((passes, "outputs"), (head, "forward"), (head, "read"), (passes.head_attention, "plan")):
+    for owner, name in ((passes, "outputs"), (head, "advance"), (head, "read"), (head, "read_sum"),
+                        (passes.head_attention, "plan")):  # fmt: skip
         monkeypatch.setattr(owner, name, between.a_pass(getattr(owner, name)))
     monkeypatch.setattr(head, "reader", _reader)
     monkeypatch.setattr(passes, "verify", between.a_pass(_read_only(passes.verify, between)))
@@ -323,6 +329,39 @@ def test_between_the_passes_there_is_one_kernel_before_two_after_and_one_a_level
     with torch.inference_mode(), between:
         rounds._body(state)
     assert between.found == {"launch_begin": 1, "launch_judge": 1, "launch_settle": 1, "launch_note": 4}
+
+
+LOOKS = NO_KERNELS | {"unbind", "flatten", "unflatten", "empty_like"}  # composite ones reach inference mode whole
+PRODUCTS = {"linear", "mm", "addmm"}
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("mode", [GREEDY, NOISE])
+def test_of_a_whole_chain_round_torch_does_two_operations_and_products(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target's embeddings, and its taps side by side; all else is kernels, where layers are fused."""
+    from triton.runtime.interpreter import GridExecutor
+
+    from target.attention.triton import TritonAttention
+
+    target, between = tiny_target(), Between()
+    engine = tiny_engine(target, tiny_head(target, "eagle3"))
+    passes, head = engine.passes, engine.head
+    assert isinstance(passes, EagerPasses) and head is not None and fuse(target, head) > 20
+    passes.attention = passes.head_attention = TritonAttention(engine.cache, pdl=False)
+    target.reader = head.reader = between.a_pass(_reader)
+    rounds = Rounds(passes, TapeRecorder(), Sizes(4, 32, 4, CHAIN), engine.cache, engine.rows)
+    shape = GraphShape(2, 5, ("chain", mode))
+    state, rounds.fused = scrambled(rounds, shape, 1), True
+    monkeypatch.setattr(GridExecutor, "__call__", between.a_pass(GridExecutor.__call__, "kernel"))
+    with torch.inference_mode(), between:
+        rounds._body(state)
+    assert between.found.pop("kernel") > 40
+    assert {name: count for name, count in between.found.items() if name not in LOOKS | PRODUCTS} == {
+        "embedding": 1,
+        "cat": 1,
+    }
 
 
 def _reader(x: Tensor, weight: Tensor, product: Any, asked: Any) -> Any:
@@ -352,7 +391,7 @@ def test_which_rounds_the_kernels_take() -> None:
     kinds = {
         Kind(5, GREEDY, DraftShape(4), False): "ChainGlue",
         Kind(1, NOISE, DraftShape(0), True): "ChainGlue",
-        Kind(5, FILTERED, DraftShape(4), False): "TorchGlue",
+        Kind(5, FILTERED, DraftShape(4), False): "ChainGlue",
     }
     assert {kind: type(rounds._glue(kind)).__name__ for kind in kinds} == kinds
     two = rounds_of("mtp2")

@@ -38,7 +38,7 @@ def test_rounds_are_recorded_in_the_shape_that_sessions_get(sets: str) -> None:
 def test_a_trial_takes_every_depth_that_will_be_recorded(
     depths: str, wanted: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen, seen = config("draft.depth=3", f"graphs.depths={depths}"), list[set[int]]()
+    chosen, tried = config("draft.depth=3", f"graphs.depths={depths}"), list[Any]()
     target = tiny_target()
     engine = tiny_engine(target, tiny_head(target, "eagle3"), rows=2)
     sizes = graph_sizes(chosen, target)
@@ -47,8 +47,9 @@ def test_a_trial_takes_every_depth_that_will_be_recorded(
 
     def watched(*args: Any) -> Any:
         rounds = trial(*args)
-        seen.append(_depths(rounds))
-        return _Captured()
+        monkeypatch.setattr(rounds, "capture", lambda: None)
+        tried.append(rounds)
+        return rounds
 
     monkeypatch.setattr(sizing, "CudaRecorder", lambda device: TapeRecorder())
     monkeypatch.setattr(sizing, "cuda_meter", lambda device: None)
@@ -56,10 +57,11 @@ def test_a_trial_takes_every_depth_that_will_be_recorded(
     monkeypatch.setattr(sizing, "trial_rounds", watched)
     monkeypatch.setattr(sizing, "estimate_graphs", lambda shapes, capture, release, meter: [capture(s) for s in shapes])
     sizing._estimate(engine.passes, engine.cache, load_, CPU)  # type: ignore[arg-type]
-    assert seen[0] == {0, 3} | wanted
+    assert _depths(tried[0]) == {0, 3} | wanted
+    assert all(rounds.state is tried[0].state for rounds in tried[1:]) and len(tried) > 1  # rows are there once
     monkeypatch.setattr("speculator.capture._captured", lambda *args: "not now")
     record_rounds(engine, engine.passes, TapeRecorder(), sizes, chosen.graphs.round_depths)  # type: ignore[arg-type]
-    assert engine.rounds is not None and _depths(engine.rounds) == seen[0]
+    assert engine.rounds is not None and _depths(engine.rounds) == _depths(tried[0])
 
 
 def _depths(rounds: Any) -> set[int]:

@@ -1,4 +1,4 @@
-"""Balance of experts, and losses over them as a GPU runs them: compiled, in half precision, without a break."""
+"""Balance of experts, all of them in one product, and losses as a GPU runs them: compiled, in half precision."""
 
 from __future__ import annotations
 
@@ -49,12 +49,18 @@ def loads(*models: torch.nn.Module) -> list[Tensor]:
     return [m.get_buffer(LOAD).clone() for model in models for m in model.modules() if isinstance(m, Gate)]
 
 
-def lopsided() -> MoE:
+def mixture() -> MoE:
     """A mixture whose gate all but never chooses the last two experts, where the first input is 1."""
     moe = MoE(16, MoeConfig(experts=8, top_k=2, inner_size=8, gate="sigmoid", normalise=True))
     with torch.no_grad():
         moe.gate.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(0))
         moe.gate.weight[6:, 0] = -5.0
+    return moe
+
+
+def lopsided() -> MoE:
+    """The same, ready to learn."""
+    moe = mixture()
     prepare_experts(moe)
     return moe
 
@@ -123,6 +129,22 @@ def test_a_joint_loss_teaches_the_target_and_its_tables() -> None:
     assert [bool(load.sum() > 0) for load in loads(model, head)] == [False, True]
 
 
+def test_experts_in_training_are_those_that_are_served() -> None:
+    """In values, in gradients of input, gate and experts, and under the same names."""
+    served, x = mixture(), torch.randn(3, 11, 16, generator=torch.Generator().manual_seed(4))
+    trained = copy.deepcopy(served)
+    prepare_experts(trained)
+    assert list(trained.state_dict()) == list(served.state_dict())
+    outs, grads = [], []
+    for moe in (served, trained):
+        own = x.clone().requires_grad_()
+        outs.append(moe(own))
+        grads.append(torch.autograd.grad(outs[-1].square().sum(), [own, *moe.parameters()]))
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-8)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
+
+
 class HalfPrecision(torch.autocast):
     """Autocast as it is on a GPU, on the CPU."""
 
@@ -132,7 +154,6 @@ class HalfPrecision(torch.autocast):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("target.moe.can_group", lambda x, inner: x.dtype == torch.bfloat16)
     monkeypatch.setattr(torch, "autocast", HalfPrecision)
 
 

@@ -78,6 +78,7 @@ def test_a_budget_ends_by_steps_or_by_time() -> None:
     now[0] = 8.0
     assert budget.progress(3) == 0.5
     assert budget.progress(90) == 0.9
+    assert budget.pace(90, tokens=50) == {"settled": 6.0, "tokens_per_second": 88 * 50 / 2}
     now[0] = 10.5
     assert budget.progress(4) == 1.0
 

@@ -223,7 +223,7 @@ def both(rows: int, nodes: int, depth: int, mode: str, seed: int, device: torch.
 @few
 @given(
     rows=st.integers(1, 8), nodes=st.integers(1, 63), depth=st.integers(1, 16),
-    mode=st.sampled_from([GREEDY, NOISE]), seed=st.integers(0, 10**6),
+    mode=st.sampled_from([GREEDY, NOISE, FILTERED]), seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_any_verdict_is_that_of_torch(rows: int, nodes: int, depth: int, mode: str, seed: int) -> None:
     both(rows, nodes, depth, mode, seed)
@@ -301,7 +301,7 @@ def _read(x: Tensor, weight: Tensor, _: Product, asked: Asked) -> Readout:
 
 @on_the_interpreter
 @pytest.mark.parametrize("kind", ["eagle3", "own ids", "mtp"])
-@pytest.mark.parametrize("mode", [GREEDY, NOISE])
+@pytest.mark.parametrize("mode", [GREEDY, NOISE, FILTERED])
 def test_whole_rounds_say_and_leave_what_they_do_in_torch(kind: str, mode: str, monkeypatch: Any) -> None:
     for shape in TREES:
         rounds = rounds_of(kind, shape)
@@ -335,4 +335,4 @@ def test_which_rounds_the_kernels_take() -> None:
     rounds.fused = True
     nodes = TREES[0].nodes + 1
     assert isinstance(rounds._glue(Kind(nodes, GREEDY, TREES[0], False)), TreeGlue)
-    assert isinstance(rounds._glue(Kind(nodes, FILTERED, TREES[0], False)), TorchGlue)
+    assert isinstance(rounds._glue(Kind(nodes, FILTERED, TREES[0], False)), TreeGlue)
