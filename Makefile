@@ -1,5 +1,6 @@
 # The verbs a person types and CI calls. `demo` and `test` install what they need on the first run.
 #   make test ARGS="-k sampling"                 passes arguments on
+#   make check BASE=main                         the wire contract against that of another commit than the last one
 #   make setup PYTHON=python3.12                 another interpreter
 #   make setup TORCH_ARGS="--index-url URL"      another index for torch: PyTorch's install page names that of the small CPU builds
 #   make setup TORCH=torch==2.11.0               another torch
@@ -7,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 ARGS ?=
+BASE ?= HEAD
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,6 +43,11 @@ check: setup
 	rm -rf $(BUILD) && mkdir -p $(BUILD)/stubs
 	$(PROTOC) --include_imports --include_source_info --descriptor_set_out=$(BUILD)/speculator.binpb $(PROTOS)
 	$(BIN)/buf lint $(BUILD)/speculator.binpb --config proto/buf.yaml
+	mkdir $(BUILD)/base
+	if test -e .git; then git archive $(BASE) proto | tar -x -C $(BUILD)/base; else cp -r proto $(BUILD)/base; fi
+	$(subst -Iproto,-I$(BUILD)/base/proto,$(PROTOC)) --include_imports --include_source_info \
+		--descriptor_set_out=$(BUILD)/base.binpb $(BUILD)/base/proto/speculator/v1/*.proto
+	$(BIN)/buf breaking $(BUILD)/speculator.binpb --against $(BUILD)/base.binpb --exclude-imports --config proto/buf.yaml
 	$(PROTOC) --python_out=$(BUILD)/stubs --pyi_out=$(BUILD)/stubs --grpc_python_out=$(BUILD)/stubs $(PROTOS)
 	diff -r -x __pycache__ -x __init__.py $(BUILD)/stubs/speculator/v1 speculator/v1 || { echo "Stubs differ: run make proto"; exit 1; }
 	$(BIN)/python -m pytest -q tests/unit/test_ground.py

@@ -15,14 +15,14 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "triton")
 
 
-def provenance() -> dict[str, object]:
-    """Values for a report; a missing package or repository is left out or named unknown."""
-    import torch
+def provenance(device: str | None = None) -> dict[str, object]:
+    """Values for a report; a missing package or repository is left out or named unknown.
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    The device is torch's, unless the caller names what it ran on.
+    """
     return {
         "commit": commit(),
-        "device": gpu or f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": device or _torch_device(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "argv": sys.argv[1:],
@@ -45,6 +45,13 @@ def commit() -> str:
     return name.stdout.strip() + ("+" if dirty.stdout.strip() else "") if name.returncode == 0 else "unknown"
 
 
+def _torch_device() -> str:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return gpu or f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -52,7 +59,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -12,23 +12,22 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
+from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
 import grpc
-from google.protobuf import __version__ as protobuf_version
 
 from speculator.bench.fake import TOKEN, EchoEngine
-from speculator.bench.provenance import commit
+from speculator.bench.outputs import check_files
+from speculator.bench.provenance import cpu_name, provenance
 from speculator.config import ServerConfig
 from speculator.core import DrafterCore
 from speculator.security import Handler
@@ -202,12 +201,8 @@ def measure(exchanges: int = 2000, repeats: int = 5, uvloop: bool = False) -> di
         "ratio_p50_runs": [round(run["ratio_p50"], 3) for run in runs],
         "bytes": len(_sample().SerializeToString()),
     }
-    return rows | {"uvloop": uvloop} | _where()
-
-
-def _where() -> dict[str, Any]:
-    versions = {"python": platform.python_version(), "grpcio": grpc.__version__, "protobuf": protobuf_version}
-    return versions | {"commit": commit(), "cpus": os.cpu_count(), "load": os.getloadavg(), "argv": sys.argv[1:]}
+    cpus = f"{cpu_name()}, {os.cpu_count()} CPUs"
+    return rows | {"uvloop": uvloop, "load": os.getloadavg(), "provenance": provenance(cpus)}
 
 
 def _repeat(exchanges: int, uvloop: bool) -> dict[str, float]:
@@ -286,8 +281,13 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=2000, help="steps, and as many echoes, of one repeat")
     parser.add_argument("--repeats", type=int, default=5, help="times that both servers are started afresh")
     parser.add_argument("--uvloop", action="store_true", help="uvloop instead of asyncio, on both sides of both")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
     given = parser.parse_args()
-    print(json.dumps(measure(given.exchanges, given.repeats, given.uvloop)))
+    check_files(given.json)
+    found = measure(given.exchanges, given.repeats, given.uvloop)
+    print(json.dumps(found))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ except ImportError:  # the base install is the client library alone
     sys.exit("speculator: the commands need more packages: pip install 'speculator[server]'")
 
 from speculator.cli.bench import bench
-from speculator.cli.client import client
+from speculator.cli.client import client, whole_text
 from speculator.cli.models import Flags
 
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -131,7 +131,8 @@ def serve(
 @app.command()
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; without one it is read from --file or stdin.")
+        str | None,
+        typer.Argument(help="The prompt; without one it is read from --file or stdin.", callback=whole_text),
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     server: Annotated[
@@ -207,7 +208,7 @@ def demo(
     \b
     Examples:
       speculator demo
-      speculator demo --pair nano-moe
+      speculator demo --pair nano-en
       speculator demo --depth 7 --branching 10 --nodes 59
     """
     from speculator.cli.run import run_demo
@@ -255,7 +256,11 @@ def inspect(
 @app.command()
 def train(
     stages: Annotated[
-        list[str], typer.Argument(help="all, or some of: tokenizer, tokens, target, refine, answers, head, ...")
+        list[str],
+        typer.Argument(
+            help="all, or some of: tokenizer, tokens, target, refine, answers, head (or its kind: eagle3, mtp), "
+            "evaluate, card."
+        ),
     ],
     data: Annotated[Path, typer.Option(help="Folder of *.jsonl.gz corpora.")],
     out: Annotated[Path, typer.Option(help="Folder for models and results.")],
@@ -276,7 +281,8 @@ def train(
     \b
     Examples:
       speculator train all --data corpora --out runs/nano-moe --recipe nano-moe
-      speculator train head --data corpora --out runs/nano-en --force
+      speculator train target --data corpora --out runs/nano-en
+      speculator train eagle3 --data corpora --out runs/nano-en --force
       speculator train all --data corpora --out runs/toy --recipe toy --device cpu
     """
     from speculator.cli.run import run_train

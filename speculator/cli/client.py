@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from speculator.errors import InvalidArgumentError
+
 if TYPE_CHECKING:
     from speculator.client import Client
 
@@ -30,6 +32,17 @@ Key = Annotated[str, typer.Option("--key", help="PEM file of the client's key.")
 TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File whose first line is the bearer token.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LOCAL = "127.0.0.1:50051"
+
+
+def whole_text(text: str | None) -> str | None:
+    """An argument as it was typed; InvalidArgumentError where its bytes were no UTF-8."""
+    broken = [place for place, letter in enumerate(text or "") if "\ud800" <= letter <= "\udfff"]
+    if text and broken:
+        before, byte = text[: broken[0]].encode("utf-8"), ord(text[broken[0]]) & 0xFF
+        raise InvalidArgumentError(f"the prompt is not UTF-8 text: byte {len(before)} is 0x{byte:02x}")
+    return text
+
+
 REACH_SECONDS = 5.0
 
 
@@ -74,7 +87,7 @@ def stats(
 
 @client.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text that the server continues.")],
+    prompt: Annotated[str, typer.Argument(help="Text that the server continues.", callback=whole_text)],
     server: Server = LOCAL,
     ca: Ca = "",
     cert: Cert = "",
@@ -105,7 +118,9 @@ def generate(
 
 @client.command()
 def propose(
-    prompt: Annotated[str, typer.Argument(help="Text, or token ids separated by commas with --ids.")],
+    prompt: Annotated[
+        str, typer.Argument(help="Text, or token ids separated by commas with --ids.", callback=whole_text)
+    ],
     server: Server = LOCAL,
     ca: Ca = "",
     cert: Cert = "",

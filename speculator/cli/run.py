@@ -347,12 +347,13 @@ def _probe(path: Path, target: Path, overrides: dict[str, str], prompts: Path | 
 def run_train(recipe: str, stages: Sequence[str], options: Sequence[str]) -> int:
     """Run the stages of a recipe; a bar counts them where there is more than one."""
     from speculator.train.__main__ import main
-    from speculator.train.stages import STAGES
+    from speculator.train.stages import HEADS, STAGES
 
     names = list(STAGES) if list(stages) == ["all"] else list(stages)
-    unknown = [name for name in names if name not in STAGES]
+    known = (*STAGES, *HEADS)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError(f"There is no stage {unknown[0]!r}; known: all, {', '.join(STAGES)}.")
+        raise ConfigError(f"There is no stage {unknown[0]!r}; known: all, {', '.join(known)}.")
     with progress("training") as tick:
         for done, name in enumerate(names):
             tick("stages", done, len(names))

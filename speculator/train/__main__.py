@@ -10,7 +10,7 @@ import torch
 
 from speculator.train.recipe import RecipeError, bundled_recipe, load_recipe, recipe_names, scale_time
 from speculator.train.report import DivergedError
-from speculator.train.stages import STAGES, Run, run_stages
+from speculator.train.stages import HEADS, STAGES, Run, run_stages
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", type=Path, help="folder for tokens, checkpoints and answers (default: OUT.cache)")
     p.add_argument("--prompts", type=Path, help="folder with mt_bench.jsonl, gsm8k.jsonl, humaneval.jsonl")
     p.add_argument("--start", type=Path, help="a target folder to go on from, instead of random weights")
-    p.add_argument("--stage", nargs="+", default=["all"], help=f"all, or some of: {', '.join(STAGES)}")
+    p.add_argument("--stage", nargs="+", default=["all"], help=f"all, or some of: {', '.join((*STAGES, *HEADS))}")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     p.add_argument("--pace", type=float, default=1.0, help="multiplies all time budgets of the recipe")

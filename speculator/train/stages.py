@@ -249,12 +249,12 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "evaluate": measure,
     "card": write_card,
 }
+HEADS = ("eagle3", "mtp")  # the stage `head`, asked for by the kind of head that the recipe has
 
 
 def run_stages(run: Run, names: list[str]) -> None:
     """Run stages in order; one whose result file exists is skipped unless forced."""
-    if unknown := sorted(set(names) - set(STAGES)):
-        raise RecipeError(f"unknown stage {', '.join(unknown)}; stages are {', '.join(STAGES)}")
+    names = [_stage(name, run.recipe) for name in names]
     run.cache.mkdir(parents=True, exist_ok=True)
     for name in (stage for stage in STAGES if stage in names):
         if run.result(name).exists() and not run.force:
@@ -267,6 +267,15 @@ def run_stages(run: Run, names: list[str]) -> None:
         seconds = round(time.monotonic() - begin, 1)
         write_json(run.result(name), {"seconds": seconds, **_machine(run.device), **result})
         print(f"[{name}] done in {seconds} s", flush=True)
+
+
+def _stage(name: str, recipe: Recipe) -> str:
+    """The stage of this name; RecipeError where there is none, or the recipe's head is of another kind."""
+    if name in HEADS and name != recipe.head.kind:
+        raise RecipeError(f"recipe {recipe.name} has a head of kind {recipe.head.kind}, so {name} cannot be trained")
+    if name not in (*STAGES, *HEADS):
+        raise RecipeError(f"unknown stage {name}; stages are {', '.join((*STAGES, *HEADS))}")
+    return "head" if name in HEADS else name
 
 
 def _machine(device: torch.device) -> dict[str, str]:

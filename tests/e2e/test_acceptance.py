@@ -23,7 +23,9 @@ from speculator.config import load
 from speculator.engine import Engine
 from speculator.load import load_engine
 from speculator.tokenizer import load_tokenizer
+from speculator.train.recipe import TargetRecipe
 from speculator.types import DraftShape, SamplingParams
+from tests.e2e.tiny_pair import HYBRID, LATENT, make_mtp_pair
 
 MODELS = Path(__file__).resolve().parents[2] / "deploy" / "models"
 CHAIN, TREE = DraftShape(4), DraftShape(4, 24, 4)
@@ -99,6 +101,21 @@ def test_one_command_gives_a_report(pair: Pair, tmp_path: Path, capsys: pytest.C
     assert again.overall == report.overall and again.counterfactual == report.counterfactual
     assert compare([str(path), str(tmp_path / "b.json"), "--json", str(tmp_path / "c.json")]) == 0
     assert "+0.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [LATENT, HYBRID], ids=["latent-experts", "hybrid"])
+def test_a_target_with_its_own_module(sizes: TargetRecipe, tmp_path: Path) -> None:
+    """MLA and experts, and recurrent states: the same report, with depths that are those of real runs."""
+    made = make_mtp_pair(tmp_path / "pair", sizes)
+    asked = ["--target", str(made.target), "--head", "mtp", *QUICK[:-2], "--timed", "0", "--temperature", "1"]
+    assert acceptance.main([*asked, "--depth", "3", "--json", str(tmp_path / "deep.json")]) == 0
+    report = read_report(tmp_path / "deep.json")
+    assert 0 < report.overall.accepted < report.overall.drafted
+    for depth, shape in enumerate(report.counterfactual, 1):
+        path = tmp_path / f"{depth}.json"
+        assert acceptance.main([*asked, "--depth", str(depth), "--no-counterfactual", "--json", str(path)]) == 0
+        assert shape.figures == replace(read_report(path).overall, repeated_4grams=None)
+    assert depth == 3
 
 
 def test_a_sweep_has_a_point_for_each_combination(pair: Pair, tmp_path: Path) -> None:

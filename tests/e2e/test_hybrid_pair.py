@@ -8,27 +8,14 @@ import pytest
 
 from speculator import cli
 from speculator.bundled import find_pairs
-from speculator.train.folders import save_trained_head, target_folder
-from speculator.train.model import new_head, new_target, target_config
-from speculator.train.recipe import DeltaRecipe, Head, TargetRecipe
-from speculator.train.tokenizer import train_bpe
-
-TEXTS = ("Why is the sky blue?", "Tell me a story about a fox.", "def add(a, b):\n    return a + b\n") * 4
-SIZES = TargetRecipe(
-    hidden_size=32, layers=4, heads=4, kv_heads=2, head_dim=8, intermediate_size=64, max_position=512,
-    delta=DeltaRecipe(key_heads=2, value_heads=4, key_dim=8, value_dim=8),
-)  # fmt: skip
+from tests.e2e.tiny_pair import HYBRID, make_mtp_pair
 
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """deploy/models of a working directory that holds one pair, hybrid."""
     folder = tmp_path / "deploy" / "models" / "tiny-hybrid"
-    tokenizer = train_bpe(TEXTS, 280)
-    tokenizer.save(target_folder(folder), 512)
-    target = new_target(target_config(SIZES, tokenizer.vocab_size), seed=3)
-    head = new_head(target, Head(kind="mtp", seconds=1, steps=1, rows=1, length=64), (), seed=4)
-    save_trained_head(head, target, folder)
+    make_mtp_pair(folder, HYBRID)
     monkeypatch.chdir(tmp_path)
     return folder.parent
 

@@ -10,7 +10,7 @@ from speculator.bundled import Pair
 from speculator.heads.save import save_head
 from speculator.train.folders import head_folder, save_trained_head, target_folder
 from speculator.train.model import new_head, new_target, target_config
-from speculator.train.recipe import Head, MlaRecipe, MoeRecipe, TargetRecipe
+from speculator.train.recipe import DeltaRecipe, Head, MlaRecipe, MoeRecipe, TargetRecipe
 from speculator.train.tokenizer import ChatTokenizer, train_bpe
 from target.load import load_target
 from target.save import save_target
@@ -21,6 +21,10 @@ LATENT = TargetRecipe(
     hidden_size=32, layers=3, heads=4, intermediate_size=64, max_position=512,
     mla=MlaRecipe(rank=16, nope_dim=8, rope_dim=4, value_dim=8),
     moe=MoeRecipe(experts=4, top_k=2, inner_size=16),
+)  # fmt: skip
+HYBRID = TargetRecipe(
+    hidden_size=32, layers=4, heads=4, kv_heads=2, head_dim=8, intermediate_size=64, max_position=512,
+    delta=DeltaRecipe(key_heads=2, value_heads=4, key_dim=8, value_dim=8),
 )  # fmt: skip
 
 
@@ -44,9 +48,9 @@ def make_eagle_pair(folder: Path) -> Pair:
     return Pair(folder.name, pair.target, folder / "eagle")
 
 
-def make_mtp_pair(folder: Path) -> Pair:
-    """Writes a target of DeepSeek-V3's family with its MTP module below `folder`."""
-    target = new_target(target_config(LATENT, _tokenizer(folder).vocab_size), seed=3)
+def make_mtp_pair(folder: Path, sizes: TargetRecipe = LATENT) -> Pair:
+    """Writes a target of DeepSeek-V3's family, or one of other sizes, with its MTP module below `folder`."""
+    target = new_target(target_config(sizes, _tokenizer(folder).vocab_size), seed=3)
     head = new_head(target, Head(kind="mtp", seconds=1, steps=1, rows=1, length=64), (), seed=4)
     save_trained_head(head, target, folder)
     return Pair(folder.name, target_folder(folder), head_folder(folder, "mtp"))

@@ -30,9 +30,14 @@ LONG = (
     "test_invariant_gpu",
     "test_pdl_gpu",
 )
-# no sharing
-ALONE = dict.fromkeys(("test_agreement_gpu", "test_ranks_gpu", "test_stages_gpu", "test_data_parallel_gpu"), 2)
-ALONE["test_memory_gpu"] = 1
+# no sharing: the numbers of devices that tests of a file use
+ALONE = {
+    "test_agreement_gpu": (2,),
+    "test_ranks_gpu": (2, 4),
+    "test_stages_gpu": (2, 4),
+    "test_data_parallel_gpu": (2, 4),
+    "test_memory_gpu": (1,),
+}
 SPECULATOR = (sys.executable, "-m", "speculator")
 # an 8B-shaped pair on a card that its KV cache fills up to 95 %
 FULL_CARD = "--synthetic llama-8b --sessions 32 --waves 0 --memory-share 0.95 --kv-tokens 1000000000".split()
@@ -56,12 +61,16 @@ class Running:
     began: float = field(default_factory=time.monotonic)
 
 
-def jobs(out: Path) -> list[Job]:
-    """Long tests first, then the benchmarks; FlashMLA's and FlashAttention-3's where their folders are given."""
+def jobs(out: Path, devices: int = 1) -> list[Job]:
+    """Long tests first, then the benchmarks; FlashMLA's and FlashAttention-3's where their folders are given.
+
+    A job that can use more devices gets as many as it can of those there are, and never fewer than it needs.
+    """
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "--maxfail=15", "-p", "no:cacheprovider")
     found = sorted(path.stem for path in (ROOT / "tests" / "gpu").glob("test_*_gpu.py"))
     found.sort(key=lambda name: (name not in ALONE, LONG.index(name) if name in LONG else len(LONG)))
-    tests = [Job(name, (*pytest, f"tests/gpu/{name}.py"), 420, ALONE.get(name, 0)) for name in found]
+    tests = [Job(name, (*pytest, f"tests/gpu/{name}.py"), 420, _most(ALONE.get(name, (0,)), devices)) for name in found]
+    sizes = [size for size in (1, 2, 4) if size <= max(2, devices)]
     benches = [
         _bench("skinny", 400, "--write", str(out / "products.json")),
         _bench("mla", 240, "--variants", *_peer("--flash-mla", "SPECULATOR_FLASHMLA"), out=out / "mla_variants.json"),
@@ -71,10 +80,23 @@ def jobs(out: Path) -> list[Job]:
         _bench("hybrid", 240, "--shape", "hybrid-4b", out=out / "hybrid.json"),
         _bench("graphs", 120, out=out / "graphs.json"),
         _bench("graphs", 200, *FULL_CARD, out=out / "graphs_8b.json"),
+        _gangs("ranks", sizes[-1], "--ranks", *map(str, sizes), out=out),
+        *(_gangs(f"stages_{size}", size, "--pipeline", str(size), out=out) for size in sizes[1:]),
         Job("bench_layer", (sys.executable, "-m", "speculator.bench.layer", "--json", str(out / "layer.json")), 240, 1),
         Job("invariant", (*SPECULATOR, "invariant", "--json", str(out / "invariant.json")), 200, 1),
     ]
     return tests + benches
+
+
+def _most(sizes: Sequence[int], devices: int) -> int:
+    """The largest of the sizes that so many devices hold, else the smallest."""
+    return max((size for size in sizes if size <= devices), default=min(sizes))
+
+
+def _gangs(name: str, devices: int, *options: str, out: Path) -> Job:
+    """`bench ranks` on so many devices."""
+    command = (*SPECULATOR, "bench", "ranks", "--device", "cuda", *options, "--json", str(out / f"{name}.json"))
+    return Job(f"bench_{name}", command, 400, devices)
 
 
 def _bench(name: str, seconds: int, *options: str, out: Path | None = None) -> Job:
@@ -168,7 +190,7 @@ def main() -> int:
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     devices = args.devices or list(range(_devices()))
-    picked = [job for job in jobs(args.out) if any(part in job.name for part in args.only)]
+    picked = [job for job in jobs(args.out, len(devices)) if any(part in job.name for part in args.only)]
     return min(1, Board(picked, devices, args.out, time.monotonic() + args.seconds, args.share).run())
 
 

@@ -68,9 +68,9 @@ def tiny_engine(target: Decoder, head: DraftHead | None, rows: int = 8, page_siz
     groups = [target.cache_layers] + ([head.cache_layers] if head else [])
     cache = PagedCache(groups, pages, page_size, torch.float32, target.embed.weight.device)
     info = EngineInfo(
-        target_model="tiny", draft_model="tiny", draft_method=head.record.kind if head else "none", vocab_size=VOCAB,
-        eos_token_ids=(), max_context=512, max_rows=rows, page_size=page_size, total_pages=pages,
-        scratch_tokens=160, prefill_chunk=16,
+        target_model="tiny", draft_model="tiny", draft_method=head.record.kind if head else "none",
+        vocab_size=target.config.vocab_size, eos_token_ids=(), max_context=512, max_rows=rows, page_size=page_size,
+        total_pages=pages, scratch_tokens=160, prefill_chunk=16,
     )  # fmt: skip
     return Engine(info, target, head, cache)
 

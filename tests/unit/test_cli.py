@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from speculator.bundled import find_pairs
 from speculator.cli.models import Flags, configure
 from speculator.cli.paint import Painter, Piece, Speech
 from speculator.client import ConnectionLostError
+from speculator.train.recipe import recipe_names
 from target.errors import CheckpointError as TargetCheckpointError
 from tests.fakes import FakeTokenizer, plain
 from tests.rpc.client_hosts import Host
@@ -63,6 +65,14 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str], command: st
     assert f"speculator {command}" in out.partition("Example")[2]
 
 
+@pytest.mark.parametrize("command", ["serve", "generate", "demo", "train"])
+def test_examples_name_what_is_there(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    _, out, _ = run(capsys, command, "--help")
+    examples = out.partition("Example")[2].partition("╭")[0]
+    assert set(re.findall(r"--pair (\S+)", examples)) <= {pair.name for pair in find_pairs(ROOT / "deploy" / "models")}
+    assert set(re.findall(r"--recipe (\S+)", examples)) <= set(recipe_names())
+
+
 @pytest.mark.parametrize("words", ["--help", "client --help", "serve --help", "--version"])
 def test_help_loads_no_heavy_library(words: str) -> None:
     code = (
@@ -104,6 +114,7 @@ WRONG = {
     "probe without target": "inspect {tmp} --probe",
     "an override without value": "inspect {tmp} --override norm_before_residual",
     "no such stage": "train wings --data {tmp} --out {tmp}/out",
+    "a head of another kind": "train mtp --data {tmp} --out {tmp}/out --recipe toy",
     "no data flag": "train all --out {tmp}/out",
     "no such recipe": "train all --data {tmp} --out {tmp}/out --recipe wings",
     "ids in words": "client propose five,six --ids",
@@ -127,6 +138,29 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(
     assert err.startswith("speculator: ") or err.startswith("error: ")
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
     assert len(err) > len("speculator: ") + 10
+
+
+BROKEN = b"caf\xc3\xa9 \xff"
+
+
+@pytest.mark.parametrize("command", ["generate", "generate --server 127.0.0.1:1", "client generate", "client propose"])
+def test_an_argument_that_is_not_utf8(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, err = run(capsys, *command.split(), os.fsdecode(BROKEN))
+    assert (code, out) == (2, "")
+    assert err == "speculator: the prompt is not UTF-8 text: byte 6 is 0xff\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "generate --server 127.0.0.1:1"])
+def test_a_prompt_on_stdin_or_in_a_file_that_is_not_utf8(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(BROKEN)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(BROKEN), encoding="utf-8"))
+    for name, words in (("stdin", ()), (str(file), ("--file", str(file)))):
+        code, out, err = run(capsys, *command.split(), *words)
+        assert (code, out) == (2, "")
+        assert err == f"speculator: {name} is not UTF-8 text: byte 6 is 0xff\n"
 
 
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,9 +286,9 @@ def test_train_runs_the_stages_in_turn(
         return 0
 
     monkeypatch.setattr("speculator.train.__main__.main", main)
-    code, _, _ = run(capsys, *f"train target head --data {tmp_path} --out o --recipe toy --force --pace 0.5".split())
+    code, _, _ = run(capsys, *f"train target eagle3 --data {tmp_path} --out o --recipe toy --force --pace 0.5".split())
     assert code == 0
-    assert [call[-1] for call in calls] == ["target", "head"]
+    assert [call[-1] for call in calls] == ["target", "eagle3"]
     assert calls[0][0] == "toy" and "--force" in calls[0] and "0.5" in calls[0]
 
 

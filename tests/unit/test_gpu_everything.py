@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import pytest
+import torch
+
+from speculator.bench.ranks import _parser
 from tests.gpu.everything import SHARE, Board, Job, jobs
+
+GPU_TESTS = sorted(Path(__file__).parents[1].glob("gpu/test_*_gpu.py"))
+SEVERAL = [path for path in GPU_TESTS if "device_count" in path.read_text(encoding="utf-8")]
 
 
 def python(name: str, text: str, seconds: int = 20, devices: int = 0) -> Job:
@@ -45,4 +53,42 @@ def test_every_gpu_test_file_is_a_job(tmp_path: Path) -> None:
     names = [job.name for job in jobs(tmp_path)]
     assert len(names) == len(set(names))
     assert {"bench_graphs", "bench_graphs_8b", "bench_mla"} <= set(names)
-    assert {path.stem for path in Path(__file__).parents[1].glob("gpu/test_*_gpu.py")} <= set(names)
+    assert {path.stem for path in GPU_TESTS} <= set(names)
+
+
+class Counted(int):
+    """A number of devices that notes how many are asked for."""
+
+    asked: set[int]
+
+    def __lt__(self, other: int) -> bool:
+        self.asked.add(other)
+        return super().__lt__(other)
+
+
+@pytest.mark.parametrize("path", SEVERAL, ids=lambda path: path.stem)
+def test_a_file_gets_the_devices_that_its_skip_rules_ask_for(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = Counted(0)
+    none.asked = set()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: none)
+    spec = spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    spec.loader.exec_module(module_from_spec(spec))
+    assert none.asked
+    for devices in (1, 2, 3, 4, 8):
+        wanted = max((size for size in none.asked if size <= devices), default=min(none.asked))
+        given = {job.name: job.devices for job in jobs(tmp_path, devices)}
+        assert given[path.stem] == wanted, f"{devices} devices, and {path.name} has tests for {sorted(none.asked)}"
+
+
+@pytest.mark.parametrize("devices, gangs", [(1, [2, 2]), (2, [2, 2]), (4, [4, 2, 4])])
+def test_gangs_are_measured_on_as_many_devices_as_there_are(devices: int, gangs: list[int], tmp_path: Path) -> None:
+    found = [job for job in jobs(tmp_path, devices) if "ranks" in job.command]
+    assert [job.devices for job in found] == gangs
+    assert [job.name for job in found] == ["bench_ranks", *(f"bench_stages_{size}" for size in gangs[1:])]
+    for job in found:
+        parsed = _parser().parse_args(job.command[job.command.index("ranks") + 1 :])
+        assert parsed.device == "cuda"
+        assert max(parsed.ranks or [parsed.pipeline]) == job.devices

@@ -149,6 +149,30 @@ def test_readme_maps_every_file() -> None:
     assert sorted(mapped) == sorted(written)
 
 
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    """Paths under version control."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout: git does not know these files")
+    return [path for path in listed.stdout.split("\0") if (ROOT / path).is_file()]
+
+
+def test_readme_maps_what_is_no_module(tracked: list[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Map")[2]
+    lines = re.findall(r"^- ((?:`[^`]+`, )*`[^`]+`) \S", text, re.MULTILINE)
+    mapped = [path.rstrip("/") for line in lines for path in re.findall("`([^`]+)`", line)]
+    assert [path for path in mapped if not (ROOT / path).exists()] == []
+    others = [path for path in tracked if not path.startswith(PACKAGES) or not path.endswith((".py", ".pyi", ".typed"))]
+    beside = {"README.md", ".gitignore"}
+    assert [p for p in others if p not in beside and not any(f"{p}/".startswith(f"{m}/") for m in mapped)] == []
+
+
+def test_tracked_files_stay_small(tracked: list[str]) -> None:
+    """A clone has to be quick, with three bundled pairs in it."""
+    assert sum((ROOT / path).stat().st_size for path in tracked) < 40 * 2**20
+
+
 def test_version_is_in_one_place() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "version" not in project

@@ -124,8 +124,16 @@ def test_a_run_leaves_a_pair(run: Run) -> None:
 def test_a_finished_stage_is_not_run_again(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run_stages(run, ["target", "head"])
     assert capsys.readouterr().out.count("is there already") == 2
-    with pytest.raises(RecipeError, match=r"unknown stage eagle3; stages are .*head"):
-        run_stages(run, ["eagle3"])
+    with pytest.raises(RecipeError, match=r"unknown stage wings; stages are .*head.*eagle3, mtp"):
+        run_stages(run, ["wings"])
+
+
+def test_the_head_goes_by_the_name_of_its_kind(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    kind, other = ("mtp", "eagle3") if run.recipe.head.kind == "mtp" else ("eagle3", "mtp")
+    run_stages(run, [kind])
+    assert capsys.readouterr().out == "[head] is there already\n"
+    with pytest.raises(RecipeError, match=f"recipe {run.recipe.name} has a head of kind {kind}, so {other} cannot"):
+        run_stages(run, [other])
 
 
 def test_a_head_can_be_trained_again(run: Run) -> None:
