@@ -152,7 +152,8 @@ def _losses(results: Results) -> str:
             lines.append(f"- {name}: {losses[0]:.2f} to {losses[-1]:.2f} in {curve[-1]['step']} steps")
     if head.get("curve"):
         curve = head["curve"]
-        lines.append(f"- head: {curve[0]['loss']:.2f} to {curve[-1]['loss']:.2f} in {curve[-1]['step']} steps")
+        began = f", begun with {head['began_with']}" if "began_with" in head else ""
+        lines.append(f"- head: {curve[0]['loss']:.2f} to {curve[-1]['loss']:.2f} in {curve[-1]['step']} steps{began}")
     if heldout := refined.get("heldout_loss") or target.get("heldout_loss"):
         each = ", ".join(f"{name} {loss:.2f}" for name, loss in heldout.items())
         lines += ["", f"Held-out documents, nats per token: {each}."]
@@ -169,10 +170,16 @@ def _commands(recipe: Recipe, results: Results) -> str:
 python -m speculator.train {recipe.name} --data CORPORA --prompts PROMPTS --out {recipe.name}
 ```
 
-on {device}. Seconds: {spent}.
+on {device}{_again(results)}. Seconds: {spent}.
 The recipe holds every number. {recipe.heldout_percent} % of the documents of each source were held out; the
 evaluation prompts and texts that share a 13-word sequence with them are not in the data.
 """
+
+
+def _again(results: Results) -> str:
+    """What more was done where the head went on from one that the stage had left before."""
+    begun = str(results.get("head", {}).get("began_with", ""))
+    return ", then once more with `--stage answers head evaluate card --force`" if "earlier" in begun else ""
 
 
 def _sources(recipe: Recipe, data: Path) -> str:

@@ -5,6 +5,7 @@ Owns: the order, the files, and what a stage reads from the one before. Must nev
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 
+from speculator.errors import CheckpointError
 from speculator.train.answers import choose_prompts, load_written, save_written, write_all
 from speculator.train.card import write_cards
 from speculator.train.companion import CompanionTrainer
 from speculator.train.data import Stream, build_streams, load_streams, sample_texts, save_stream, source_files
 from speculator.train.evaluate import evaluate
 from speculator.train.experts import prepare_experts
-from speculator.train.folders import load_trained_head, save_trained_head, target_folder
+from speculator.train.folders import head_folder, load_trained_head, save_trained_head, target_folder
 from speculator.train.head import HeadData, train_head
 from speculator.train.model import new_head, new_target, round_weights, target_config, trainable_target
 from speculator.train.pretrain import Loss, heldout_losses, make_loss, train_phase
@@ -60,6 +62,9 @@ class Run:
 
     def result(self, stage: str) -> Path:
         return self.out / "results" / f"{stage}.json"
+
+
+EARLIER = "the head of an earlier run of this stage"
 
 
 def train_tokenizer(run: Run) -> dict[str, Any]:
@@ -145,6 +150,8 @@ def _save_target(
     losses = heldout_losses(model, load_streams(run.cache / "tokens", "heldout"), 512, run.device)
     print(f"[target] held-out loss {losses}", flush=True)
     save_target(model, target_folder(run.out))
+    if run.recipe.head.kind != "mtp":  # a head of the target before fits no longer; modules went with its folder
+        shutil.rmtree(head_folder(run.out, run.recipe.head.kind), ignore_errors=True)
     tokenizer.save(target_folder(run.out), run.recipe.target.max_position)
     return {"heldout_loss": losses, "texts": _measure(run, model, tokenizer)}
 
@@ -206,17 +213,27 @@ def write_answers(run: Run) -> dict[str, Any]:
 
 
 def train_draft_head(run: Run) -> dict[str, Any]:
-    """Train the head on the answers; saves bfloat16 weights."""
+    """Train the head on the answers, on from one that lies there; saves bfloat16 weights."""
     recipe, model = run.recipe.head, load_target(target_folder(run.out), torch.float32, run.device)
     prepare_experts(model)
     documents = [w.document() for w in load_written(run.cache / "answers.npz")]
     data = HeadData(documents, recipe.length, run.device, run.recipe.seed)
     head = new_head(model, recipe, run.recipe.taps, run.recipe.seed)
-    if (run.cache / "companion.pt").exists():
-        head.load_state_dict(_companion_weights(run))
+    begun, weights = _head_so_far(run, model)
+    head.load_state_dict(head.state_dict() if weights is None else weights)
     curve = train_head(head, model, data, recipe)
     save_trained_head(head, model, run.out)
-    return {"parameters": sum(p.numel() for p in head.parameters()), "tokens": data.tokens, "curve": curve}
+    parameters = sum(p.numel() for p in head.parameters())
+    return {"parameters": parameters, "tokens": data.tokens, "began_with": begun, "curve": curve}
+
+
+def _head_so_far(run: Run, model: Decoder) -> tuple[str, dict[str, torch.Tensor] | None]:
+    """A head that was trained by itself before, else the target's companion; and which it is."""
+    try:
+        return EARLIER, load_trained_head(run.recipe.head.kind, model, run.out).state_dict()
+    except CheckpointError:
+        there = (run.cache / "companion.pt").exists()
+        return ("the target's companion", _companion_weights(run)) if there else ("nothing", None)
 
 
 def measure(run: Run) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from speculator.engine import Engine
 from speculator.heads.mtp import MtpHead
 from speculator.load import load_engine
 from speculator.local import generate
+from speculator.train import stages
 from speculator.train.evaluate import greedy_drafts, greedy_texts, replay
 from speculator.train.folders import load_trained_head
 from speculator.train.model import new_head, new_target, target_config
@@ -166,6 +167,19 @@ def test_rounds_of_the_engine_are_those_measured_in_training(run: Run) -> None:
         steps = list(generate(engine, prompt, limit + DEPTH, SamplingParams(), DraftShape(DEPTH), frozenset({0})))
         assert [t for step in steps for t in step][:limit] == text.answer[:limit]
         assert [len(s) for s in steps[1:]][: len(expected) - 1] == [r.committed for r in expected][:-1]
+
+
+def test_a_head_that_lies_there_is_trained_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = load_target(the_pair(run).target, torch.float32)
+    before, seen = load_trained_head(run.recipe.head.kind, target, run.out).state_dict(), []
+    monkeypatch.setattr(stages, "train_head", lambda head, *rest: seen.append(clone_of(head)) or [])
+    monkeypatch.setattr(stages, "save_trained_head", lambda *rest: None)
+    stages.train_draft_head(run)
+    assert all(torch.equal(seen[0][name], values) for name, values in before.items())
+
+
+def clone_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: values.clone() for name, values in module.state_dict().items()}
 
 
 def test_the_experts_were_balanced_in_target_and_module(run: Run) -> None:
