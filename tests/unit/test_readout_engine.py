@@ -79,7 +79,7 @@ def test_everything_said_is_the_same_and_no_logits_are_written(
 
 
 @pytest.mark.parametrize("shape", [CHAIN, TREE])
-def test_filters_and_penalties_have_logits_written(shape: DraftShape) -> None:
+def test_filters_and_penalties_change_nothing(shape: DraftShape) -> None:
     expected = play(tiny_engine(*pair("eagle3")), FILTERED, shape)
     target, head = pair("eagle3")
     reading(target, head)
