@@ -176,7 +176,6 @@ def test_sessions_go_on_where_a_prompt_in_their_step_failed(
     expected = play(it.plain(), params, CHAIN, 12)
     step, table, turns, failures = engine.step, it.target.embed.weight.data, 0, 0
     engine.open(7, SamplingParams(), True)
-    prompt = Step(7, 0, range(590, 599), feed=Feed([bad], 5))
 
     def failing(steps: Sequence[Step]) -> list[StepResult]:
         nonlocal turns, failures
@@ -186,7 +185,8 @@ def test_sessions_go_on_where_a_prompt_in_their_step_failed(
         kept, failures = table[bad].clone(), failures + 1
         table[bad] = float("nan")
         with pytest.raises(NumericalError):
-            step([*steps, prompt])
+            free = set(range(1, engine.info.total_pages)).difference(*(s.pages for s in steps))
+            step([*steps, Step(7, 0, sorted(free), feed=Feed([bad], 5))])
         table[bad] = kept
         return [step([s])[0] for s in steps]
 
@@ -201,15 +201,15 @@ def test_what_a_step_noted_is_taken_back_and_nothing_else(device: str = "cpu") -
     rows = Rows(4, 1, 6, torch.float32, torch.device(device))
     for row in (1, 2):
         rows.open(row, PENALTY, True)
-    index, counts, asked = torch.tensor([1, 2]), torch.tensor([1, 2]), rows.sampling([1, 2])
-    rows.note(index, torch.tensor([[3, 4], [0, 1]]), counts, asked)
+    index, counts, asked = rows.cached.new_tensor([1, 2]), rows.cached.new_tensor([1, 2]), rows.sampling([1, 2])
+    rows.note(index, index.new_tensor([[3, 4], [0, 1]]), counts, asked)
     held, before = rows.held(), rows.watch().clone()
     with torch.inference_mode():
-        rows.note(index, torch.tensor([[3, 4], [1, 5]]), counts, asked)
-        rows.note(index[:1], torch.tensor([[2, 2]]), counts[:1], asked)
+        rows.note(index, index.new_tensor([[3, 4], [1, 5]]), counts, asked)
+        rows.note(index[:1], index.new_tensor([[2, 2]]), counts[:1], asked)
     assert rows.watch().sum() == before.sum() + 2
     rows.open(2, PENALTY, True)  # another session
-    rows.note(index[1:], torch.tensor([[4, 4]]), counts[1:], asked)
+    rows.note(index[1:], index.new_tensor([[4, 4]]), counts[1:], asked)
     rows.hold_again(held)
     assert torch.equal(rows.watch()[1], before[1]) and not rows.watch()[2].any()
     rows.hold_again(held)
