@@ -146,7 +146,7 @@ class Expansion:
     def reading(self, outputs: Tensor, level: int, k: int, step: int = 0) -> Reading | None:
         """`read` without its arithmetic."""
         stage = self.head.stage(step)
-        if stage.reader is None:  # before anything is made up to be asked
+        if stage.reader is None or self.start.drawn is not None:  # a question cannot leave out some rows' noise
             return None
         ask = partial(stage.read, outputs)
         ids, keys = self.head.target_ids, self.start.keys

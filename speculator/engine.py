@@ -103,9 +103,17 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, steps: Sequence[Step]) -> list[StepResult]:
-        """Run one step of each row; NumericalError when any row met NaN or infinity (then no result counts)."""
-        with device_failures():
-            return self._step(steps)
+        """Run one step of each row; NumericalError when any row met NaN or infinity (then no result counts).
+
+        After a step that failed its parts can run again: what verdicts rest on is as it was.
+        """
+        held = self.rows.held()
+        try:
+            with device_failures():
+                return self._step(steps)
+        except Exception:
+            self.rows.hold_again(held)
+            raise
 
     @torch.inference_mode()
     def launch(self, steps: Sequence[Step]) -> UnderWay | None:
@@ -136,6 +144,7 @@ class Engine:
             results = collect(steps, decided.committed, decided.drafted, flight)
         if flight:
             self.landed(flight)
+        self._hold(steps, decided.drafted)
         self.recurrent.commit(steps, results)
         times, end = decided.times, time.perf_counter()
         draft = times.draft + end - start - launched - sum(times)
@@ -340,10 +349,14 @@ class Engine:
         )
         shape = chosen[0].propose
         assert shape is not None
-        drafted = self._number(self.passes.draft(start, shape), picked, index)
-        if self.rounds:
+        return self._number(self.passes.draft(start, shape), picked, index)
+
+    def _hold(self, steps: Sequence[Step], drafts: Sequence[drafting.Drafted]) -> None:
+        """Let recorded rounds verify drafts that count now: a step that failed runs again over those before."""
+        for drafted in drafts if self.rounds else ():
+            index, shape = [steps[i].row for i in drafted.steps], steps[drafted.steps[0]].propose
+            assert self.rounds is not None and shape is not None
             self.rounds.hold(index, self._ints(index), shape, drafted)
-        return drafted
 
     def _longest(self, context: Tensor, chosen: Sequence[Step]) -> int:
         """A bound on the cached length after this step's commits; exact where looking costs nothing."""

@@ -184,7 +184,7 @@ class Rounds:
         if not picked:
             return None
         chosen = [steps[i] for i in picked]
-        graph = self._graph(chosen)
+        graph = self._graph(chosen, len(chosen) == len(steps))
         if graph is None:
             return None
         rows = [s.row for s in chosen]
@@ -209,8 +209,10 @@ class Rounds:
             if want:
                 self.rows.keep_q(row, made, self.state.own_q(row, want))
 
-    def _graph(self, chosen: Sequence[Step]) -> Graph | None:
+    def _graph(self, chosen: Sequence[Step], whole: bool) -> Graph | None:
         reason = next((why for why in map(self._unfit, chosen) if why), None)
+        if reason is None and not whole and MODES[self.state.mode([s.row for s in chosen])] == EVERY:
+            reason = "a round that could not be taken back where the rest of its step fails"
         if reason is not None:
             self.manager.refuse(reason)
             return None

@@ -149,7 +149,7 @@ class TorchGlue:
         memory.state.end(order.row, batch.context, verdict)
         if self.rules is not None:
             self.sound = said.finite.all()
-            memory.rows.note(order.row, self.true_rows.following, verdict.kept * self.sound, self.sampling)
+            memory.rows.mark(order.row, self.true_rows.following, verdict.kept * self.sound)
         self.parts: tuple[Tensor, ...] = (verdict.tokens, verdict.kept, verdict.path, said.logprobs, said.finite)
 
     def _judged(self, verified: Verified) -> tuple[Verdict, Report]:

@@ -43,7 +43,7 @@ class Report(NamedTuple):
 def judge_coupled(
     tree: Tree, verified: Answers, sampling: RowSampling, base: Tensor, seen: Tensor | None = None
 ) -> tuple[Verdict, Report]:
-    """The coupled rule below sequences of committed length `base` [R]; logits are written only for filters' sake.
+    """The coupled rule below sequences of committed length `base` [R]; logits are written where nobody answers without.
 
     `seen` [R, T, V] as in `sampling.scores`.
     """

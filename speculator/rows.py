@@ -31,6 +31,7 @@ class Rows:
         self.params: list[SamplingParams] = [SamplingParams()] * count
         self.speculate = [False] * count
         self._seen: Tensor | None = None  # [count, V] bool, only once somebody asks for a repetition penalty
+        self._noted: list[tuple[Tensor, Tensor]] | None = None  # rows [R], what they had not seen [R, V], since `held`
         self._q: dict[int, tuple[int, Tensor | None]] = {}
         self._samplings: dict[tuple[int, ...], RowSampling] = {}
 
@@ -73,23 +74,35 @@ class Rows:
 
     def note(self, rows: Tensor, tokens: Tensor, counts: Tensor, sampling: RowSampling) -> None:
         """Remember committed `tokens` [R, T] (the first `counts` [R] of each) for the repetition penalty."""
-        if self._seen is None or not sampling.any_penalty:
-            return
+        if self._seen is not None and sampling.any_penalty:
+            fresh = self.mark(rows, tokens, counts)
+            if self._noted is not None:
+                self._noted.append((rows, fresh))
+
+    def mark(self, rows: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+        """`note`, not to be taken back: what the rows had not seen [R, V]."""
+        seen = self.watch()
         valid = torch.arange(tokens.shape[1], device=self.device) < counts[:, None]
         fresh = torch.zeros(rows.shape[0], self.vocab + 1, dtype=torch.bool, device=self.device)
-        fresh.scatter_(1, tokens.masked_fill(~valid, self.vocab), True)
-        self._seen[rows] |= fresh[:, : self.vocab]
+        fresh = fresh.scatter_(1, tokens.masked_fill(~valid, self.vocab), True)[:, : self.vocab] & ~seen[rows]
+        seen[rows] |= fresh
+        return fresh
 
     def seen(self, rows: Tensor, sampling: RowSampling) -> Tensor | None:
         """[R, V] bool tokens that the penalty applies to, None when no row asks for one."""
         return self._seen[rows] if self._seen is not None and sampling.any_penalty else None
 
     def held(self) -> dict[int, tuple[int, Tensor | None]]:
-        """What `keep_q` holds now, to be given to `hold_again` where a step that changed it does not count."""
+        """What `keep_q` holds as a step begins, to be given to `hold_again` where the step does not count."""
+        self._noted = []
         return dict(self._q)
 
     def hold_again(self, held: dict[int, tuple[int, Tensor | None]]) -> None:
+        """As it was when `held` was asked: what drafts were drawn from, and which tokens were seen."""
         self._q = dict(held)
+        for rows, fresh in self._noted or ():
+            self.watch()[rows] &= ~fresh
+        self._noted = []
 
     def keep_q(self, row: int, draft_id: int, q: Tensor | None) -> None:
         """Hold the distributions [N, V] that a draft was drawn from (None: point masses) until the row's next draft."""

@@ -45,8 +45,8 @@ class PackedProduct:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         packed = self._packed.get(weight.data_ptr())
-        if packed is None:
-            return F.linear(x, weight, bias)
+        if packed is None or weight.shape != packed.weight.shape or weight.stride() != packed.weight.stride():
+            return F.linear(x, weight, bias)  # nothing packed, or some rows of it: a vocabulary without its padding
         product = torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed.values, None)
         return product.mul_(packed.unscale) if bias is None else torch.add(bias, product, alpha=packed.unscale)
 

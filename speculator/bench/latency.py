@@ -22,6 +22,7 @@ from rich.table import Table
 from speculator.bench.pairs import Pair, add_arguments, load_pair, read_prompts
 from speculator.bench.prompts import OPEN_SET
 from speculator.bench.provenance import provenance
+from speculator.errors import ConfigError
 from speculator.local import generate
 from speculator.types import DraftShape
 
@@ -51,6 +52,8 @@ class Timed:
 def main(argv: list[str] | None = None) -> int:
     """Run the bench; exit code 0."""
     args = _parser().parse_args(argv)
+    if min(args.tokens, args.repeats, *args.depths) < 1:
+        raise ConfigError("--tokens, --repeats and --depths must be at least 1.")
     pair = load_pair(args)
     prompts = [pair.tokenizer.encode_chat(text) for text in read_prompts(args.prompts or OPEN_SET, args.limit)]
     writers = _writers(pair, args)

@@ -118,7 +118,8 @@ def floor_kernel(
             mass += tl.sum(tl.where(above, weight, 0.0), 0).to(tl.float64)
         if ranked_k:  # of several that tie with the last of the best, so many are among them
             mass += (limit - count) * tl.exp(_value(last, dtype, BITS, divisor) - best).to(tl.float64)
-        last = _last(row_ptr, mass * top_p.to(tl.float64), divisor, best, N, BLOCK, BITS, STAGES, False)
+        wanted = tl.maximum(mass * top_p.to(tl.float64), 1e-300)  # of the best one something, were top-p to round to 0
+        last = _last(row_ptr, wanted, divisor, best, N, BLOCK, BITS, STAGES, False)
         floor = tl.maximum(floor, _value(last, dtype, BITS, divisor))
     tl.store(floor_ptr + one, floor)
 

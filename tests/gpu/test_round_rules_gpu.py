@@ -41,7 +41,13 @@ def test_a_round_that_failed_is_run_again(params: list[SamplingParams]) -> None:
     cpu.test_a_round_that_failed_is_run_again_over_what_its_drafts_were_drawn_from(params, "cuda")
 
 
+@pytest.mark.parametrize("params", [[cpu.REJECTION, cpu.BLOCK], [cpu.PENALTY, cpu.PENALTY]])
+def test_sessions_go_on_where_a_prompt_in_their_step_failed(params: list[SamplingParams]) -> None:
+    cpu.test_sessions_go_on_where_a_prompt_in_their_step_failed(params, True, "cuda")
+
+
 ALIKE = [
+    cpu.test_what_a_step_noted_is_taken_back_and_nothing_else,
     cpu.test_drafts_are_drawn_from_a_vocabulary_of_the_heads_own,
     cpu.test_depths_change_from_round_to_round,
     cpu.test_passes_and_rounds_take_turns_over_drawn_drafts,

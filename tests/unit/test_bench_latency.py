@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from speculator.bench.latency import Timed, figures, main
+from speculator.errors import ConfigError
 from tests.e2e.tiny_pair import make_pair
 
 
@@ -32,6 +33,12 @@ def test_variants_of_another_length_are_compared_by_rate_and_named() -> None:
     timed = {"plain": [Timed(1.0, 100)], "d": [Timed(1.0, 50)]}
     row = figures({"plain": [[1, 2]], "d": [[1]]}, timed)["variants"]["d"]
     assert row["ratio_to_plain"] == 0.5 and row["same_text"] is False
+
+
+@pytest.mark.parametrize("asked", [["--tokens", "0"], ["--repeats", "0"], ["--depths", "3", "0"]])
+def test_nothing_to_time_is_refused(asked: list[str]) -> None:
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        main(asked)
 
 
 def test_a_pair_is_timed_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,14 @@ def test_of_values_that_tie_with_the_last_of_the_best_those_within_count_for_the
 
 
 @on_the_interpreter
+@pytest.mark.parametrize("top_p", [1e-50, 1e-7, 1 - 1e-7, 1 - 1e-9])
+def test_the_smallest_nucleus_is_the_best_value_and_the_largest_all(top_p: float) -> None:
+    rows = RowSampling.from_params([SamplingParams(temperature=1.0, top_p=top_p)], CPU)
+    found, expected = floors(torch.tensor([[2.0, 1.0, 3.0, 2.0, 2.0]]).repeat(PLACES, 1), rows, 16)
+    assert torch.equal(found, expected)
+
+
+@on_the_interpreter
 def test_a_row_of_nonsense_spares_the_others_and_ends() -> None:
     logits, rows = logits_of(40, torch.float32, False), sampled()
     found, expected = floors(logits, rows)

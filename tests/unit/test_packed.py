@@ -77,6 +77,13 @@ def test_weights_of_zeros_and_transposed_ones_are_packed() -> None:
     torch.testing.assert_close(product(torch.ones(1, 24), turned, None), turned.sum(1)[None])
 
 
+def test_other_views_of_packed_weights_are_multiplied_as_they_are() -> None:
+    weight, x, product = weights(24, 24), torch.randn(3, 24), PackedProduct()
+    assert product.take(weight)
+    for view in (weight[:16], weight.t()):
+        torch.testing.assert_close(product(x, view, None), F.linear(x, view))
+
+
 def test_a_row_has_the_same_bits_in_any_company() -> None:
     weight, x, product = weights(200, 96), torch.randn(40, 96), PackedProduct()
     assert product.take(weight)

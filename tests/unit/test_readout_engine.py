@@ -79,7 +79,7 @@ def test_everything_said_is_the_same_and_no_logits_are_written(
 
 
 @pytest.mark.parametrize("shape", [CHAIN, TREE])
-def test_filters_and_penalties_have_logits_written(shape: DraftShape) -> None:
+def test_filters_and_penalties_change_nothing(shape: DraftShape) -> None:
     expected = play(tiny_engine(*pair("eagle3")), FILTERED, shape)
     target, head = pair("eagle3")
     reading(target, head)
@@ -93,6 +93,17 @@ def test_other_rules_have_logits_written(rule: Rule) -> None:
     target, head = pair("eagle3")
     reading(target, head)
     assert same(play(tiny_engine(target, head), params, CHAIN), expected)
+
+
+def test_recorded_trees_rank_without_the_targets_noise_where_the_rule_is_another() -> None:
+    params = [SamplingParams(temperature=0.9, seed=3, rule=Rule.REJECTION), SamplingParams(temperature=0.9, seed=1)]
+    expected = play(tiny_engine(*pair("eagle3")), params, TREE)
+    target, head = pair("eagle3")
+    reading(target, head)
+    engine = tiny_engine(target, head)
+    rounds = record(engine, TREE, rows=2, every_rule=True)
+    assert same(play(engine, params, TREE), expected)
+    assert rounds.counts.share == 1.0 and rounds.counts.replayed > 10
 
 
 def test_a_logit_that_is_not_finite_fails_the_step() -> None:

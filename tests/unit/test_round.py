@@ -451,9 +451,9 @@ def test_r2_broken_a_plan_over_memory_of_others_is_refused(device: str = "cpu") 
 class WrongMode(Rounds):
     """R4: a decision of the host that differs between capture and replay."""
 
-    def _graph(self, chosen: Any) -> Any:
+    def _graph(self, *given: Any) -> Any:
         self.state.mode = lambda rows: 0  # type: ignore[method-assign]
-        return super()._graph(chosen)
+        return super()._graph(*given)
 
 
 class StaleSteps(Rounds):

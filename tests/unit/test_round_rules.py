@@ -13,7 +13,8 @@ import torch
 
 from speculator.errors import NumericalError
 from speculator.round_state import EVERY, MODES, RoundState, mode_of
-from speculator.types import Draft, DraftShape, Rule, SamplingParams, Step, StepResult
+from speculator.rows import Rows
+from speculator.types import Draft, DraftShape, Feed, Rule, SamplingParams, Step, StepResult
 from tests.unit import test_round as whole
 from tests.unit import test_run_ahead as ahead
 from tests.unit.engines import tiny_engine, tiny_head, tiny_target
@@ -162,6 +163,57 @@ def test_a_round_that_failed_is_run_again_over_what_its_drafts_were_drawn_from(
     with mock.patch.object(it.engine, "step", failing):
         assert same(play(it.engine, params, CHAIN, 20), expected)
     assert failures > 5 and it.rounds.counts.eager["a draft that the device does not hold"] > 5
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("params", [[REJECTION, BLOCK], [PENALTY, PENALTY]])
+def test_sessions_go_on_where_a_prompt_in_their_step_failed(
+    params: list[SamplingParams], recorded: bool, device: str = "cpu"
+) -> None:
+    """Rounds that nothing was wrong with run again over their drafts, for the first time as far as they know."""
+    it = any_rule("eagle3", CHAIN, device)
+    engine, bad = (it.engine if recorded else it.plain()), 60
+    expected = play(it.plain(), params, CHAIN, 12)
+    step, table, turns, failures = engine.step, it.target.embed.weight.data, 0, 0
+    engine.open(7, SamplingParams(), True)
+
+    def failing(steps: Sequence[Step]) -> list[StepResult]:
+        nonlocal turns, failures
+        turns += 1
+        if turns % 3 or not all(s.draft for s in steps):
+            return step(steps)
+        kept, failures = table[bad].clone(), failures + 1
+        table[bad] = float("nan")
+        with pytest.raises(NumericalError):
+            free = set(range(1, engine.info.total_pages)).difference(*(s.pages for s in steps))
+            step([*steps, Step(7, 0, sorted(free), feed=Feed([bad], 5))])
+        table[bad] = kept
+        return [step([s])[0] for s in steps]
+
+    with mock.patch.object(engine, "step", failing):
+        assert same(play(engine, params, CHAIN, 12), expected)
+    assert failures > 4
+    if recorded:
+        assert any("could not be taken back" in reason for reason in it.rounds.counts.eager)
+
+
+def test_what_a_step_noted_is_taken_back_and_nothing_else(device: str = "cpu") -> None:
+    rows = Rows(4, 1, 6, torch.float32, torch.device(device))
+    for row in (1, 2):
+        rows.open(row, PENALTY, True)
+    index, counts, asked = rows.cached.new_tensor([1, 2]), rows.cached.new_tensor([1, 2]), rows.sampling([1, 2])
+    rows.note(index, index.new_tensor([[3, 4], [0, 1]]), counts, asked)
+    held, before = rows.held(), rows.watch().clone()
+    with torch.inference_mode():
+        rows.note(index, index.new_tensor([[3, 4], [1, 5]]), counts, asked)
+        rows.note(index[:1], index.new_tensor([[2, 2]]), counts[:1], asked)
+    assert rows.watch().sum() == before.sum() + 2
+    rows.open(2, PENALTY, True)  # another session
+    rows.note(index[1:], index.new_tensor([[4, 4]]), counts[1:], asked)
+    rows.hold_again(held)
+    assert torch.equal(rows.watch()[1], before[1]) and not rows.watch()[2].any()
+    rows.hold_again(held)
+    assert torch.equal(rows.watch()[1], before[1])
 
 
 # which rounds they are
