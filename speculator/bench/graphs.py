@@ -23,9 +23,12 @@ from speculator.bench.synthetic import SHAPES, synthetic_engine
 from speculator.drafting import Start
 from speculator.drafts import fitted
 from speculator.engine import Engine
+from speculator.errors import ConfigError
 from speculator.recorded import RecordedPasses
 from speculator.types import Draft, DraftShape, Feed, SamplingParams, Step
 from target.batch import Batch, causal_positions
+
+LONGEST_PROMPT = 100  # tokens, in the mixed run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +54,7 @@ def main() -> int:
     engine = load(args)
     passes = engine.passes
     assert isinstance(passes, RecordedPasses)
+    _check(args, engine)
     report: dict[str, Any] = {"provenance": provenance(), "start_s": round(time.perf_counter() - begin, 1)}
     report["capture"] = capture_figures(passes)
     report["memory"] = memory_figures(engine, passes)
@@ -70,6 +74,18 @@ def load(args: argparse.Namespace) -> Engine:
     if args.synthetic:
         return synthetic_engine(args.synthetic, args.device, args.sessions, more)
     return load_pair(argparse.Namespace(**vars(args), threads=0), args.sessions, more).engine
+
+
+def _check(args: argparse.Namespace, engine: Engine) -> None:
+    """ConfigError where rows would leave their pages."""
+    info = engine.info
+    if not 0 <= args.context <= info.max_context:
+        raise ConfigError(f"--context must be between 0 and {info.max_context}, what a session may hold.")
+    held, needed = (info.total_pages - 1) // args.sessions * info.page_size, LONGEST_PROMPT + info.scratch_tokens
+    if args.waves and held < needed:
+        raise ConfigError(
+            f"A session of the mixed run needs {needed} tokens of KV cache and has {held}: ask for fewer."
+        )
 
 
 def capture_figures(passes: RecordedPasses) -> dict[str, Any]:
@@ -213,29 +229,30 @@ def _timed_waves(engine: Engine, sessions: int, waves: int) -> tuple[Outcome, fl
 
 
 def _wave(engine: Engine, draw: random.Random, count: int, wave: int) -> Outcome:
-    """Sessions that start together and end one after the other."""
+    """Sessions that start together and end one after the other, at the latest when their pages are full."""
     shape, info = fitted(engine.info.default_shape, engine.info), engine.info
     each = (info.total_pages - 1) // count
-    width = -(-(400 + info.scratch_tokens) // info.page_size)  # a prompt of 100, 120 rounds at most
+    width = min(each, -(-(info.max_context + info.scratch_tokens) // info.page_size))
+    room = width * info.page_size - info.scratch_tokens
     lines: list[dict[str, Any]] = []
     for row in range(count):
-        prompt = [draw.randrange(info.vocab_size) for _ in range(draw.randint(2, 100))]
+        prompt = [draw.randrange(info.vocab_size) for _ in range(draw.randint(2, LONGEST_PROMPT))]
         temperature, depth = draw.choice((0.0, 0.0, 0.8)), draw.choice((shape.depth, shape.depth, 2, 0))
         engine.open(row, SamplingParams(temperature=temperature, seed=wave * 100 + row), True)
         chain = shape if depth == shape.depth else DraftShape(depth, 0, 1) if shape.is_chain else shape
-        pages = list(range(1 + row * each, 1 + (row + 1) * each))[:width]
+        pages = list(range(1 + row * each, 1 + row * each + width))
         lines.append(dict(row=row, tokens=prompt, pages=pages, shape=chain, goal=draw.randint(30, 120), accepted=[]))
-    _rounds(engine, lines)
+    _rounds(engine, lines, room)
     return [(line["tokens"], line["accepted"]) for line in lines]
 
 
-def _rounds(engine: Engine, lines: list[dict[str, Any]]) -> None:
+def _rounds(engine: Engine, lines: list[dict[str, Any]], room: int) -> None:
     feeds = [_step(line, 0, feed=Feed(tuple(line["tokens"]), None)) for line in lines]
     for line, result in zip(lines, engine.step(feeds), strict=True):
         line.update(cached=len(line["tokens"]), draft=result.draft)
         line["tokens"] += result.tokens
     made = 0
-    while live := [line for line in lines if made < line["goal"]]:
+    while live := [line for line in lines if made < line["goal"] and line["cached"] <= room]:
         steps = [_step(line, line["cached"], draft=line["draft"] or Draft(), root=line["tokens"][-1]) for line in live]
         for line, result in zip(live, engine.step(steps), strict=True):
             line["cached"] += len(result.tokens)

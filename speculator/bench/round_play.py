@@ -81,6 +81,7 @@ class Rows:
     """Sessions on rows 0 to n - 1, each in pages of its own; without a shape they decode plainly.
 
     All begin with `context` tokens, and begin again there after WRAP more, so that long plays cost what short ones do.
+    They begin again without a draft: below one of its own, a recorded round goes on from where the device stands.
     """
 
     def __init__(self, engine: Engine, count: int, context: int, shape: DraftShape | None) -> None:
@@ -115,9 +116,10 @@ class Rows:
     def _take(self, results: Sequence[StepResult]) -> None:
         for row, result in enumerate(results):
             held = self.cached[row] + len(result.tokens)
-            self.cached[row] = held if held < self.start + WRAP else self.start
+            full = held >= self.start + WRAP
+            self.cached[row], self.drafts[row] = (self.start, Draft()) if full else (held, result.draft or Draft())
             self.committed += len(result.tokens)
-            self.roots[row], self.drafts[row] = result.tokens[-1], result.draft or Draft()
+            self.roots[row] = result.tokens[-1]
 
 
 def play(engine: Engine, rows: int, context: int, shape: DraftShape, rounds: int, depths: Depths) -> Played:

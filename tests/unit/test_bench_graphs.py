@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import torch
 
 from speculator.bench import graphs as bench
 from speculator.bench.bitwise import compare
+from speculator.bench.round_forced import Depths, ForcedEager
 from speculator.engine import Engine
+from speculator.errors import ConfigError
 from speculator.recorded import RecordedPasses
-from speculator.types import DraftShape
+from speculator.types import DraftShape, Step, StepResult
 from tests.e2e.tiny_pair import make_pair
 from tests.unit.engines import tiny_engine
 from tests.unit.test_recorded import CHAIN, TREE, pair, record
@@ -69,6 +73,36 @@ def test_a_replay_that_stores_nothing_is_told() -> None:
 def _writes(op: Any, stores: set[int]) -> bool:
     into = op.args[0] if op.func._schema.is_mutable and op.args else None
     return isinstance(into, torch.Tensor) and into.untyped_storage().data_ptr() in stores
+
+
+@pytest.mark.parametrize("pages", [600, 140])
+def test_sessions_whose_drafts_are_all_accepted_stay_in_their_pages(
+    pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU nobody looks whether a page table is long enough."""
+    engine = tiny_engine(*pair("eagle3"), rows=2, pages=pages)
+    engine.info = replace(engine.info, default_shape=CHAIN)
+    engine.passes = ForcedEager(engine.passes, Depths(1 + CHAIN.depth, CHAIN.depth, engine.device))
+    most, run = 0, engine.step
+
+    def step(steps: Sequence[Step]) -> list[StepResult]:
+        nonlocal most
+        for each in steps:
+            tokens = len(each.feed.tokens) if each.feed else 0
+            assert each.cached + tokens + engine.info.scratch_tokens <= len(each.pages) * engine.info.page_size
+            most = max(most, each.cached)
+        return run(steps)
+
+    monkeypatch.setattr(engine, "step", step)
+    found, _ = bench._timed_waves(engine, 2, 2)
+    assert all(accepted for _, accepted in found)
+    assert most > (100 if pages < 600 else 250)
+
+
+@pytest.mark.parametrize("given, word", [("--context 600", "--context"), ("--sessions 10", "260 tokens of KV cache")])
+def test_what_would_leave_the_pages_is_refused(given: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        bench._check(bench.parser().parse_args(given.split()), tiny_engine(*pair("eagle3")))
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,13 +173,16 @@ def test_an_engine_is_as_before_when_recording_fails(monkeypatch: pytest.MonkeyP
     assert engine.passes is before and engine.rounds is None
 
 
-def test_long_plays_stay_in_their_pages() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_long_plays_stay_in_their_pages(mode: str) -> None:
+    """By the device's own count too, which a recorded round goes on from."""
     engine, depths = tiny_engine(), Depths(4.0, 3, CPU)
-    with recorded(engine, "off", Sizes(1, 130, 4, CHAIN), depths):
+    with recorded(engine, mode, Sizes(1, 130, 4, CHAIN), depths):
         rows = Rows(engine, 1, 16, CHAIN)
         for _ in range(80):
             rows.round()
             assert 16 <= rows.cached[0] < 16 + WRAP
+            assert int(engine.rows.cached[0]) < 16 + WRAP + 4
         rows.close()
     assert rows.committed > WRAP
 
