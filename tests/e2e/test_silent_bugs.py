@@ -233,7 +233,9 @@ MTP_ONLY: tuple[Plant, ...] = (final_norm_forgotten, halves_swapped)
 BUGS: list[tuple[str, Plant]] = [
     *((name, bug) for name in EAGLE for bug in (*RECYCLING, *WHOLE)),
     *((name, d2t_shifted) for name in REDUCED),
-    *((name, bug) for name in MTP for bug in (*RECYCLING, *WHOLE, *MTP_ONLY)),
+    # the norm that a trained module begins with undoes most of one that was forgotten or doubled before it: nano-moe's
+    # tau falls by 0.1 and by nothing; the exact module, whose weights differ, shows both
+    *((name, bug) for name in MTP for bug in (stale_metadata, *WHOLE, halves_swapped)),
     *(("exact MTP", bug) for bug in (*RECYCLING, taps_off_by_one, *MTP_ONLY)),
     ("exact MTP, looking far", wrong_theta),
 ]
