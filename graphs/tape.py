@@ -34,6 +34,8 @@ _aten = torch.ops.aten
 
 _UNFILLED = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _REALLOCATING = {_aten.resize_, _aten.resize_as_, _aten.set_}
+# Composite, but what their kernels write passes no dispatcher.
+_WHOLE = {_aten.fbgemm_linear_fp16_weight_fp32_activation}
 # Calls that reach the data of a CPU tensor without passing the dispatcher.
 _PYTHON_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__, Tensor.cpu}
 _PYTHON_COPIES = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor}
@@ -287,6 +289,8 @@ class _Noting(TorchDispatchMode):
 def _is_composite(func: OpOverload) -> bool:
     """Whether running it on the CPU means running other operations."""
     has = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    if func.overloadpacket in _WHOLE:
+        return False
     return has(DispatchKey.CompositeImplicitAutograd) and not has(DispatchKey.CPU)
 
 

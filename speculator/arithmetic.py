@@ -35,7 +35,7 @@ def choose_arithmetic(config: Config, target: Decoder, head: DraftHead | None, d
         for model in (target, head):
             if model is not None:
                 choose_products(model, product)
-        packs = config.engine.products == "auto" and device.type == "cpu" and mode == "off"  # a tape cannot record them
+        packs = config.engine.products == "auto" and device.type == "cpu"
         if packs and head is not None:
             pack_products(head, head.lm_table)
         if config.engine.invariant:

@@ -111,7 +111,8 @@ class RMSNorm(nn.Module):
         """The norm in torch."""
         if x.is_cpu and x.dtype == torch.float32:
             return self._float32_cpu(x, self.weight)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.weight.to(x.dtype)  # another type under autocast, where torch has a kernel for one only
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def _float32_cpu(self, x: Tensor, weight: Tensor) -> Tensor:
         # torch composes rms_norm of eight small kernels there; these five take half the time

@@ -242,6 +242,7 @@ def _flash3(f: Field) -> dict[str, Any]:
     times, out, size = {}, torch.empty_like(f.q), f.cache.page_size
     for splits in PROMPT_SPLITS if f.q.shape[1] > ROUND else FLASH_SPLITS:
         lengths, metadata = _flash3_plan(f, splits)
+        out.fill_(torch.nan)  # what an earlier number of splits wrote is no answer of this one
 
         def call(turn: int, splits: int = splits, lengths: Lengths = lengths, plan: Tensor | None = metadata) -> Tensor:
             return flash3_forward(f.q, f.cache.layers[f.layer(turn)], size, lengths, out, None, splits, plan)

@@ -42,8 +42,7 @@ class Depths:
         survival = conditional(mean, depth) ** torch.arange(1, depth + 1, dtype=torch.float64)
         points = (torch.arange(DRAWN, dtype=torch.float64) * GOLDEN + 0.5) % 1  # every few of them are spread evenly
         self.drawn = (points[:, None] < survival).sum(1).to(device)
-        self.turns = torch.empty(MOST_ROWS, dtype=torch.int64, device=device)
-        self.restart()
+        self.turns = STRIDE * torch.arange(MOST_ROWS, device=device)
 
     def restart(self) -> None:
         """From the first draw again, so that two ways of running are asked the same."""

@@ -27,6 +27,7 @@ from target.errors import PlanError
 
 FLASH_MLA_PAGE, FLASH_MLA_RANK, FLASH_MLA_DIM = 64, 512, 576
 FLASH2_PAGE = 256
+FLASH3_PAGE = 64  # larger pages are read by whole tiles, and NaN in a slot that holds nothing would count
 
 
 # ---- FlashMLA ----
@@ -159,8 +160,9 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 class Lengths(NamedTuple):
-    """What FlashAttention reads of a batch."""
+    """What FlashAttention reads of a batch of R rows, T queries apart."""
 
+    starts: Tensor  # [R + 1] int32, of the rows among all queries: 0, T, 2T and so on
     table: Tensor  # [R, P] int32
     stored: Tensor  # [R] int32
     counts: Tensor  # [R] int32
@@ -220,6 +222,8 @@ class FlashAttention3:
     def __init__(self, cache: PagedCache, splits: int = 16) -> None:
         """Raises PlanError for a device or a cache it cannot serve, and where no build is found."""
         _check_cache(self.name, cache, (9, 0), (9, 9))
+        if cache.page_size > FLASH3_PAGE:
+            raise PlanError(f"{self.name} reads pages of at most {FLASH3_PAGE} tokens here, not of {cache.page_size}")
         place = os.environ.get("SPECULATOR_FLASH3")
         if not place:
             raise PlanError("the FlashAttention-3 backend needs a build named by SPECULATOR_FLASH3")
@@ -237,7 +241,7 @@ class FlashAttention3:
 
         metadata = SchedulerMetadata(scheduler_capacity(rows), device)
         write = empty(rows * queries, dtype=torch.int64)
-        lengths = Lengths(empty(*batch.pages.shape), empty(rows), empty(rows), batch.longest)
+        lengths = Lengths(_starts(batch), empty(*batch.pages.shape), empty(rows), empty(rows), batch.longest)
         return Flash3Plan(batch, metadata, lengths, write)
 
     def refresh(self, plan: Flash3Plan, heads: int, kv_heads: int, dim: int, window: int | None = None) -> None:
@@ -250,8 +254,8 @@ class FlashAttention3:
         rows, queries = batch.tokens.shape
         made = torch.ops._vllm_fa3_C.get_scheduler_metadata(
             rows, queries, batch.longest, heads, kv_heads, dim, dim, self.cache.layers[0].dtype,
-            plan.lengths.stored, None, None, None, plan.lengths.counts, None, self.cache.page_size, 0, True,
-            *_window(window), False, self.splits, None, 0,
+            plan.lengths.stored, plan.lengths.starts, None, None, plan.lengths.counts, None, self.cache.page_size, 0,
+            True, *_window(window), False, self.splits, None, 0,
         )  # fmt: skip
         plan.metadata.refresh(made)
 
@@ -280,13 +284,16 @@ def flash3_forward(
     q: Tensor, store: Tensor, page_size: int, lengths: Lengths, out: Tensor, window: int | None = None,
     splits: int = 0, metadata: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """q [R, T, heads, dim] over a layer's storage into `out`, whose padding stays; 0 splits: as many as suit."""
+    """q [R, T, heads, dim] over a layer's storage into `out`, whose padding stays; 0 splits: as many as suit.
+
+    Where rows start is told although they are equally far apart: without it, the kernel that joins splits takes rows
+    that have counts for one, and writes all of them where the first lies.
+    """
     keys, values = _paged(store, page_size)
     torch.ops._vllm_fa3_C.fwd(
-        q, keys, values, None, None, None, out, None, None, None, lengths.counts, lengths.stored,
-        q.shape[1], lengths.longest, lengths.table, None, None, None, None, None, None, None, None,
-        q.shape[3] ** -0.5, True, *_window(window), 0.0, True, metadata, splits, None, 0,
-        None, 1, 0, None,
+        q.flatten(0, 1), keys, values, None, None, None, out.view(-1, *out.shape[2:]), lengths.starts, None, None,
+        lengths.counts, lengths.stored, q.shape[1], lengths.longest, lengths.table, None, None, None, None, None, None,
+        None, None, q.shape[3] ** -0.5, True, *_window(window), 0.0, True, metadata, splits, None, 0, None, 1, 0, None,
     )  # fmt: skip
     return out
 
@@ -300,8 +307,14 @@ def _window(window: int | None) -> tuple[int, int]:
     return (-1, -1) if window is None else (window - 1, 0)
 
 
+def _starts(batch: Batch) -> Tensor:
+    rows, queries = batch.tokens.shape
+    return torch.arange(rows + 1, dtype=torch.int32, device=batch.tokens.device) * queries
+
+
 def _lengths(batch: Batch) -> Lengths:
-    return Lengths(batch.pages.int().contiguous(), stored_tokens(batch).int(), batch.counts.int(), batch.longest)
+    table, stored = batch.pages.int().contiguous(), stored_tokens(batch).int()
+    return Lengths(_starts(batch), table, stored, batch.counts.int(), batch.longest)
 
 
 def _paged(store: Tensor, page_size: int) -> tuple[Tensor, Tensor]:

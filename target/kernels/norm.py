@@ -106,7 +106,7 @@ def launch_beside(
         beside_kernel[(rows.shape[0], 2)](
             tokens.contiguous(), table, rows, second if first is None else first, second, out, rows.stride(0),
             first_eps, eps, SIZE=size, WIDTH=triton.next_power_of_2(size), NORM_FIRST=first is not None,
-            num_warps=min(max(size // 512, 1), 16), **dependent(pdl, x),
+            num_warps=warps(size), **dependent(pdl, x),
         )  # fmt: skip
     return out
 
@@ -124,9 +124,14 @@ def launch_norm(
         norm_kernel[(rows.shape[0],)](
             rows, added, weight, total, out, rows.stride(0), added.stride(0), eps, SIZE=size,
             WIDTH=triton.next_power_of_2(size), ADD=more is not None, CENTRED=centred,
-            num_warps=min(max(size // 512, 1), 16), **dependent(pdl, x),
+            num_warps=warps(size), **dependent(pdl, x),
         )  # fmt: skip
     return total, out
+
+
+def warps(size: int) -> int:
+    """Of a program that norms rows of `size` values: 512 values each, and as many as Triton takes, a power of two."""
+    return int(min(max(triton.next_power_of_2(size) // 512, 1), 16))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from target.batch import Batch
 from target.cache import PagedCache
 from target.config import RopeConfig, parse_config
 from target.decoder import Decoder, DecoderLayer, cache_layer_shape
-from target.fused import FUSED, GATED, GATED_ROWS, fuse, fuse_where_possible
+from target.fused import FUSED, FUSED_PDL, GATED, GATED_ROWS, fuse, fuse_where_possible
+from target.pdl import pdl_on
 from target.products import Config
 from tests.gpu.sync import no_waiting
 from tests.unit.targets import twins
@@ -219,6 +220,6 @@ def test_fused_where_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECULATOR_FUSED", "on")
     layer = Layer(LLAMA, 1, 1)
     assert fuse_where_possible(GPU, layer.model) == 5
-    assert layer.layer.mlp.pieces is FUSED
+    assert layer.layer.mlp.pieces is (FUSED_PDL if pdl_on(GPU) else FUSED)
     monkeypatch.setenv("SPECULATOR_FUSED", "off")
     assert fuse_where_possible(GPU, layer.model) == 0

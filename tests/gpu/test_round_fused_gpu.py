@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from speculator.round_state import GREEDY, MODES
+from speculator.round_glue import TorchGlue
+from speculator.round_state import EVERY, MODES
 from speculator.types import DraftShape
 from tests.gpu.sync import no_waiting
 from tests.unit import test_round as cpu
@@ -40,7 +41,7 @@ def kernels() -> Iterator[None]:
     ahead.recorded.cache_clear()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != EVERY])
 @pytest.mark.parametrize("rows, depth", [(1, 7), (3, 0), (8, 7), (64, 1), (64, 15), (5, 16)])
 def test_any_verdict_is_that_of_torch(rows: int, depth: int, mode: str) -> None:
     for seed in range(8):
@@ -54,10 +55,14 @@ def test_everything_said_is_that_of_eager_passes(kind: str, shape: DraftShape) -
 
 
 def test_which_rounds_are_on_kernels() -> None:
-    for (kind, shape), name in zip(SOME, ("ChainGlue", "TreeGlue", "ChainGlue"), strict=True):
+    for kind, shape in SOME:
         rounds = cpu.lent(kind, shape, "cuda").rounds
-        greedy = [s for s in rounds.manager.graphs if s.variant[0] != "plain" and s.variant[-1] == GREEDY]
-        assert {type(rounds._glue(rounds._kind_of(s))).__name__ for s in greedy} == {name}
+        kinds = [rounds._kind_of(s) for s in rounds.manager.graphs]
+        assert {made.mode for made in kinds} == set(MODES) - {EVERY}
+        for made in kinds:
+            assert type(rounds._glue(made)).__name__ == ("ChainGlue" if made.drafted.is_chain else "TreeGlue")
+            assert type(rounds._glue(made._replace(mode=EVERY))) is TorchGlue
+        assert any(made.drafted == shape for made in kinds)
 
 
 @pytest.mark.parametrize("kind, shape", KINDS)

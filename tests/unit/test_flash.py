@@ -50,9 +50,12 @@ def attention_of(
 
 
 def flash3(*given: Any) -> None:
-    q, keys, values, out, counts, stored = (given[i] for i in (0, 1, 2, 6, 10, 11))
+    """Rows without starts are joined as if all were the first, which the real kernel does too."""
+    q, keys, values, out, starts, counts, stored = (given[i] for i in (0, 1, 2, 6, 7, 10, 11))
     queries, longest, table, scale, causal, window = given[12], given[13], given[14], given[23], given[24], given[25:27]
-    assert (queries, scale, causal) == (q.shape[1], q.shape[3] ** -0.5, True) and longest >= int(stored.max())
+    assert starts.dtype == torch.int32 and starts.tolist() == [row * queries for row in range(len(counts) + 1)]
+    q, out = (part.view(-1, queries, *part.shape[1:]) for part in (q, out))
+    assert (scale, causal) == (q.shape[3] ** -0.5, True) and longest >= int(stored.max())
     result = attention_of(q, keys, values, stored, table, window, counts)
     inside = torch.arange(queries) < counts[:, None]
     out[inside] = result[inside]
@@ -142,6 +145,7 @@ def test_rows_of_any_counts_see_what_they_should(
         (FlashAttention3, dict(dtype=torch.float32), "FlashAttention-3 computes in 16 bits, not in torch.float32"),
         (FlashAttention3, dict(dim=20), "FlashAttention-3 takes heads of a multiple of 8 up to 256, not of 20"),
         (FlashAttention3, dict(dim=264), "takes heads of a multiple of 8 up to 256, not of 264"),
+        (FlashAttention3, dict(page_size=128), "FlashAttention-3 reads pages of at most 64 tokens here, not of 128"),
         (FlashAttention2, dict(page_size=64), "flash-attn reads pages of a multiple of 256 tokens, not of 64"),
         (FlashAttention2, dict(page_size=256, dtype=torch.float32), "flash-attn computes in 16 bits"),
     ],
@@ -297,9 +301,20 @@ def test_without_a_build_our_kernels_take_all(told: pytest.LogCaptureFixture) ->
 
 
 def test_a_named_build_comes_first(told: pytest.LogCaptureFixture, builds: None) -> None:
-    chosen = choice(256)
+    chosen = choice(64)
     assert isinstance(chosen, FlashPrompts) and isinstance(chosen.flash, FlashAttention3) and chosen.flash.splits == 1
     assert told.messages == ["prompt chunks attend by FlashAttention-3, rounds by our kernels"]
+
+
+def test_pages_that_it_cannot_read_are_left_to_the_package_or_to_ours(
+    told: pytest.LogCaptureFixture, builds: None
+) -> None:
+    chosen = choice(256)
+    assert isinstance(chosen, FlashPrompts) and isinstance(chosen.flash, FlashAttention2)
+    assert isinstance(choice(128), TorchKernels)
+    assert told.messages[1].startswith(
+        "prompt chunks attend by our kernels: FlashAttention-3 reads pages of at most 64 tokens here, not of 128; flash"
+    )
 
 
 def test_the_package_where_no_build_is_named(
@@ -325,8 +340,9 @@ def test_a_build_that_is_not_there_and_a_package_without_the_function(
 ) -> None:
     monkeypatch.setenv("SPECULATOR_FLASH3", str(tmp_path))
     package(monkeypatch)
-    assert isinstance(choice(256), TorchKernels)
-    assert "neither a library nor a folder with a _vllm_fa3_C*.so; the package flash_attn cannot be used" in told.text
+    assert isinstance(choice(64), TorchKernels) and isinstance(choice(256), TorchKernels)
+    assert "neither a library nor a folder with a _vllm_fa3_C*.so; flash-attn reads pages" in told.messages[0]
+    assert "of at most 64 tokens here, not of 256; the package flash_attn cannot be used" in told.messages[1]
 
 
 def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

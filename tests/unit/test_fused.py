@@ -54,7 +54,7 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device 
 
 # ---- norms ----
 
-NORMED = [(1, 1, 48), (3, 5, 64), (2, 1, 1000), (0, 4, 32), (7, 16)]
+NORMED = [(1, 1, 48), (3, 5, 64), (2, 1, 1000), (0, 4, 32), (7, 16), (2, 2560)]
 
 
 def check_norms(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -83,6 +83,15 @@ def _normed(norm: RMSNorm, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_norms_round_as_torch_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_norms(shape, dtype, CPU)
+
+
+@on_the_interpreter
+def test_programs_of_norms_have_as_many_warps_as_triton_takes() -> None:
+    """Of the hidden sizes of models; the interpreter itself takes any."""
+    from target.kernels.norm import warps
+
+    sizes = (48, 1024, 2048, 2560, 3072, 3584, 4096, 5120, 7168, 8192, 16384)
+    assert [warps(size) for size in sizes] == [1, 2, 4, 8, 8, 8, 8, 16, 16, 16, 16]
 
 
 @on_the_interpreter

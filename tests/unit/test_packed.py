@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphs.tape import TapeRecorder
 from speculator.arithmetic import choose_arithmetic
 from speculator.config import load
 from target import packed
@@ -120,11 +121,23 @@ def test_an_engine_takes_them_for_all_products_of_target_and_head() -> None:
     assert count == 4 * len(target.layers) + 1 and len(calls) == count + 6
 
 
-@pytest.mark.parametrize(("sets", "mode"), [(["engine.products=torch"], "off"), ([], "split")])
-def test_torch_multiplies_where_that_is_asked_and_where_passes_are_recorded(sets: list[str], mode: str) -> None:
+def test_torch_multiplies_where_that_is_asked() -> None:
     target = rounded(tiny_target())
-    choose_arithmetic(load(None, sets), target, None, CPU, mode)
+    choose_arithmetic(load(None, ["engine.products=torch"]), target, None, CPU, "off")
     assert target.product in (library, F.linear)
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(40)])
+@torch.inference_mode()
+def test_a_recorded_product_is_computed_at_each_replay(bias: Tensor | None) -> None:
+    weight, x, product, tape = weights(40, 72), torch.randn(2, 3, 72), PackedProduct(), TapeRecorder(True)
+    assert product.take(weight)
+    out, recording = tape.record(lambda: product(x, weight, bias) + 1)
+    assert out.isnan().all()
+    for _ in range(2):
+        x.normal_()
+        recording.replay()
+        assert torch.equal(out, product(x, weight, bias) + 1)
 
 
 @pytest.mark.parametrize("missing", ["threads", "kernels"])

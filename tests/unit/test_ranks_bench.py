@@ -14,6 +14,7 @@ from speculator.bench.ranks_pair import write_pair
 from speculator.bench.ranks_shapes import check_fits, shape_of, shard_bytes
 from speculator.bench.ranks_starts import plan, report
 from speculator.bench.ranks_trials import Ending, Fault
+from speculator.bench.round_forced import Depths
 from speculator.config import load
 from speculator.errors import ConfigError, EngineFailedError
 from speculator.heads.shard import shard_record
@@ -34,6 +35,13 @@ def test_gangs_of_one_and_two_are_measured_in_one_run(tmp_path: Path, capsys: py
         assert gang["rows"][-1]["replayed"] and gang["rows"][-1]["committed"] >= 1
     assert all(row["ratio"] == 1.0 for row in found["gangs"][0]["rows"])
     assert "synthetic" in capsys.readouterr().out and found["provenance"]["commit"]
+
+
+def test_every_rank_forces_the_same_depths() -> None:
+    """Those of any bench, from the first draw on."""
+    ours, theirs = (kind(2.0, 3, torch.device("cpu")) for kind in (ranks.Unturned, Depths))
+    for _ in range(3):
+        assert torch.equal(ours.next(64), theirs.next(64))
 
 
 def test_stages_are_measured_alone_and_with_two_batches_under_way(

@@ -44,6 +44,15 @@ def test_norm_and_its_gradient(dtype: torch.dtype, scale: float) -> None:
     torch.testing.assert_close(dx, dy, rtol=1e-4, atol=1e-5 * (1 + float(dy.abs().max())))
 
 
+def test_float32_weights_norm_half_precision_as_weights_of_its_type() -> None:
+    """As under autocast; torch warns of mixed types, which it composes, and the tests take warnings for errors."""
+    made, x = norm(24), torch.randn(3, 24).bfloat16()
+    got = made(x)
+    assert torch.equal(got, F.rms_norm(x, (24,), made.weight.bfloat16(), 1e-5))
+    got.float().sum().backward()
+    assert made.weight.grad is not None and made.weight.grad.dtype == torch.float32 and made.weight.grad.any()
+
+
 def test_norm_survives_being_built_on_meta() -> None:
     with torch.device("meta"):
         made = RMSNorm(4, 1e-5)
