@@ -233,12 +233,13 @@ MTP_ONLY: tuple[Plant, ...] = (final_norm_forgotten, halves_swapped)
 BUGS: list[tuple[str, Plant]] = [
     *((name, bug) for name in EAGLE for bug in (*RECYCLING, *WHOLE)),
     *((name, d2t_shifted) for name in REDUCED),
-    # the norm that a trained module begins with undoes most of one that was forgotten or doubled before it: nano-moe's
-    # tau falls by 0.1 and by nothing; the exact module, whose weights differ, shows both
     *((name, bug) for name in MTP for bug in (stale_metadata, *WHOLE, halves_swapped)),
     *(("exact MTP", bug) for bug in (*RECYCLING, taps_off_by_one, *MTP_ONLY)),
     ("exact MTP, looking far", wrong_theta),
 ]
+# The norm that a trained module begins with undoes most of one that was forgotten or doubled before it: tau of nano-moe
+# falls by 0.1 and by nothing on these prompts, which no interval tells from noise. The exact module shows both bugs.
+MILD: list[tuple[str, Plant]] = [(name, bug) for name in MTP for bug in (wrong_norm_recycled, final_norm_forgotten)]
 
 
 class Scene(NamedTuple):
@@ -288,7 +289,14 @@ def test_the_report_shows_the_bug_where_it_is(stage: Stage, name: str, bug: Plan
         assert found.equal_to == 0 and min(lower) == 1
 
 
-@pytest.mark.parametrize(("name", "bug"), BUGS, ids=label)
+@pytest.mark.parametrize(("name", "bug"), MILD, ids=label)
+def test_the_report_does_not_make_up_what_a_mild_bug_costs(stage: Stage, name: str, bug: Plant) -> None:
+    good, bad, _ = stage(name, bug)
+    found = compare(good.report, bad.report)
+    assert found.tau.difference <= 0 and not found.tau.significant
+
+
+@pytest.mark.parametrize(("name", "bug"), [*BUGS, *MILD], ids=label)
 def test_no_bug_changes_a_token(stage: Stage, name: str, bug: Plant) -> None:
     good, bad, plain = stage(name, bug)
     assert good.texts == bad.texts == plain
